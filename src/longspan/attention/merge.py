@@ -1,0 +1,73 @@
+"""Merging of partial softmax attention: the only place where two partial results become one.
+
+Attention over disjoint sets of keys merges exactly from (out, lse) of each: with ``lse = logaddexp(lse_a, lse_b)``,
+``out = out_a * exp(lse_a - lse) + out_b * exp(lse_b - lse)`` (FlashAttention, Dao et al. 2022, arXiv:2205.14135,
+section 3.1; Ring Attention, Liu et al. 2023, arXiv:2310.01889). What differs: a row that has seen no key has
+``lse = -inf`` and ``out = 0``, and keeps them when both sides are empty. Cost: one pass over ``out``, three temporaries
+of the size of lse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+ACCUMULATORS = (torch.float32, torch.float64)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which partial results of inputs of ``dtype`` are kept: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def merge_(
+    out: Float[Tensor, "b l h d"],
+    lse: Float[Tensor, "b h l"],
+    new_out: Float[Tensor, "b l h d"],
+    new_lse: Float[Tensor, "b h l"],
+) -> None:
+    """Merges a second partial result into (out, lse), in place.
+
+    Args:
+        out: attention over the keys seen so far, float32 or float64; 0 in rows that have seen none. A view is fine.
+        lse: natural log of the sum of exponentials of the scores, -inf in rows that have seen no key.
+        new_out: the same over other keys, of any floating dtype.
+        new_lse: its lse.
+
+    Raises:
+        ValueError: out or lse is of a lower precision than float32, in which sums must not be kept.
+    """
+    if out.dtype not in ACCUMULATORS or lse.dtype not in ACCUMULATORS:
+        raise ValueError(
+            f"partial results are kept in float32 or float64, got out {out.dtype} and lse {lse.dtype}; convert them"
+        )
+    total = torch.logaddexp(lse, new_lse.to(lse.dtype))
+    # -inf - (-inf) is NaN: an empty row is measured from 0, where exp(-inf) is 0. A NaN of the input stays visible.
+    weight = torch.exp(new_lse - total.masked_fill(total == -torch.inf, 0))
+    # lerp is exact at weights 0 and 1, that is where one side is empty.
+    out.lerp_(new_out.to(out.dtype), weight.transpose(1, 2).unsqueeze(-1).to(out.dtype))
+    lse.copy_(total)
+
+
+def merge(
+    parts: Iterable[tuple[Float[Tensor, "b l h d"], Float[Tensor, "b h l"]]],
+) -> tuple[Float[Tensor, "b l h d"], Float[Tensor, "b h l"]]:
+    """One result from partial results over disjoint keys; the parts stay as they are.
+
+    Raises:
+        ValueError: there is no part.
+    """
+    out: Tensor | None = None
+    lse: Tensor | None = None
+    for new_out, new_lse in parts:
+        if out is None or lse is None:
+            out = new_out.to(accumulator(new_out.dtype), copy=True)
+            lse = new_lse.to(accumulator(new_lse.dtype), copy=True)
+        else:
+            merge_(out, lse, new_out, new_lse)
+    if out is None or lse is None:
+        raise ValueError("merge needs at least one partial result, got none; pass (out, lse) pairs")
+    return out, lse

@@ -1,0 +1,156 @@
+"""Training throughput and memory on this machine: tokens/s and peak memory per rank, by sequence length and ranks.
+
+``longspan bench`` starts the ranks of each case through the same launcher as training and runs this module in each.
+Gate: the loss of the first step at n ranks must equal that at one rank (relative 1e-4) before a figure is kept.
+Memory is what the training step adds to the resident memory of the process (its peak less what model, optimiser and
+libraries hold before), because libraries alone take some 400 MB; both are in the JSON.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longspan import __version__
+from longspan.hardware.devices import devices, peak_memory_bytes, reset_peak_memory, resident_bytes
+from longspan.model.config import DecoderConfig
+from longspan.plan.plan import Plan
+from longspan.train.config import ModelConfig, TrainConfig
+from longspan.train.data.batches import Batch
+from longspan.train.launch import discover, init_process_group, local_ranks
+from longspan.train.loop import Trainer, gathered
+
+_GATE = 1e-4
+_TIMEOUT_S = 600.0
+
+
+def bench_model(length: int) -> DecoderConfig:
+    """The model of the benchmark: 4 layers of width 256, bytes."""
+    return ModelConfig(layers=4, width=256, heads=4).decoder(257, length)
+
+
+def measure(length: int, steps: int) -> dict[str, Any]:
+    """One rank's part of one case: a causal sequence of ``length`` tokens split over all ranks."""
+    joined = init_process_group(_TIMEOUT_S, launch=discover())
+    world = dist.get_world_size()
+    plan = Plan(precision="bf16" if joined.device.type == "cuda" else "fp32").fit(world)
+    trainer = Trainer(TrainConfig(), bench_model(length), plan, joined.device)
+    tokens = torch.randint(0, 256, (1, length + 1), generator=torch.Generator().manual_seed(0))
+    batch = Batch(tokens=tokens[:, :-1], labels=tokens[:, 1:], lengths=None, num_labels=length, position=0)
+    small = min(length, 16 * world)
+    warm = Batch(tokens=tokens[:, :small], labels=tokens[:, 1 : small + 1], lengths=None, num_labels=small, position=0)
+    trainer.gradients([(warm, {})])  # allocates gradients and connects the ranks
+    gc.collect()
+    before = resident_bytes(joined.device)
+    reset_peak_memory(joined.device)
+    times, losses = [], []
+    for step in range(steps + 1):
+        dist.barrier()
+        start = time.perf_counter()
+        losses.append(trainer.step(step, steps + 1, [(batch, {})])["loss"])
+        if joined.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    peak = peak_memory_bytes(joined.device)
+    peaks, added = gathered(peak), gathered(max(0, peak - before))
+    quartiles = statistics.quantiles(times[1:], n=4) if steps > 1 else [times[1]] * 3
+    result = {
+        "ranks": world,
+        "length": length,
+        "method": plan.method,
+        "device": joined.device.type,
+        "step_s": quartiles,
+        "tokens_per_s": length / quartiles[1],
+        "peak_bytes_per_rank": [int(x) for x in peaks],
+        "added_bytes_per_rank": [int(x) for x in added],
+        "first_loss": losses[0],
+    }
+    dist.destroy_process_group()
+    return result
+
+
+def run_training_bench(ranks: tuple[int, ...], lengths: tuple[int, ...], steps: int, out: Path) -> int:
+    """All cases, each in processes of its own; writes ``training.json`` and ``training.md``. Returns the exit code."""
+    if min(ranks, default=0) < 1 or min(lengths, default=0) < 1 or steps < 1:
+        raise ValueError(f"ranks, lengths and steps must be positive, got {ranks}, {lengths} and {steps}")
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for length in lengths:
+        for world in ranks:
+            if length < world:
+                raise ValueError(f"a sequence needs a token for every rank, got {length} tokens for {world} ranks")
+            case = out / f"case_{length}_{world}.json"
+            code = local_ranks(
+                world, ["--length", str(length), "--steps", str(steps), "--out", str(case)],
+                command=("-m", "longspan.bench.training"),
+            )  # fmt: skip
+            if code:
+                return code
+            row = json.loads(case.read_text())
+            case.unlink()
+            base = next((r["first_loss"] for r in rows if r["length"] == length), row["first_loss"])
+            if abs(row["first_loss"] - base) > _GATE * abs(base):
+                raise ValueError(
+                    f"the loss at {world} ranks must equal that at {rows[-1]['ranks']}, got {row['first_loss']} and {base} at "
+                    f"length {length}; no figure was kept"
+                )
+            rows.append(row)
+            print(_line(row), flush=True)
+    record = {
+        "suite": "training",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "longspan bench " + " ".join(sys.argv[2:]),
+        "versions": {"longspan": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "hardware": [f"{device.kind}: {device.name}" for device in devices()],
+        "model": bench_model(max(lengths)).to_dict(),
+        "rows": rows,
+    }
+    (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    (out / "training.md").write_text(table(record))
+    print(f"results {out / 'training.json'} and {out / 'training.md'}")
+    return 0
+
+
+def _line(row: dict[str, Any]) -> str:
+    added = max(row["added_bytes_per_rank"]) / 2**20
+    return f"length {row['length']:>7,}  ranks {row['ranks']}  {row['tokens_per_s']:>10,.0f} tokens/s  +{added:>7,.0f} MiB"
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record as a Markdown table; ratios are against the first number of ranks at the same length."""
+    lines = [
+        "| length | ranks | tokens/s | ratio | memory the step adds, largest rank (MiB) | ratio |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in record["rows"]:
+        base = next(r for r in record["rows"] if r["length"] == row["length"])
+        added, base_added = max(row["added_bytes_per_rank"]), max(base["added_bytes_per_rank"])
+        lines.append(
+            f"| {row['length']:,} | {row['ranks']} | {row['tokens_per_s']:,.0f} | "
+            f"{row['tokens_per_s'] / base['tokens_per_s']:.2f} | {added / 2**20:,.0f} | "
+            f"{added / max(1, base_added):.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """One rank of one case."""
+    options = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
+    result = measure(int(options["--length"]), int(options["--steps"]))
+    if discover().rank == 0:
+        Path(options["--out"]).write_text(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

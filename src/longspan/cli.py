@@ -1,0 +1,284 @@
+"""The command line: ``longspan train | generate | demo | doctor | methods | bench``.
+
+Options come from the dataclasses. A mistake is one line on standard error and exit code 2; a run that failed on the way
+exits with 1, an interrupted one with 130.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from longspan import __version__
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateConfig:
+    """Continue a prompt with a checkpoint, token by token.
+
+    Args:
+        checkpoint: a folder with config.json and safetensors, or the folder of a training run.
+        prompt: the text to continue.
+        max_new_tokens: at most so many.
+        temperature: 0 takes the most likely token.
+        top_k: sample among the k most likely tokens; 0 for all.
+        top_p: sample among the fewest tokens that together have this probability.
+        tokenizer: "bytes" or a tokenizer.json; by default the checkpoint's own.
+    """
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    prompt: str
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    tokenizer: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """Train a small byte-level model on Python's own standard library, 8,192 tokens over two ranks, and report.
+
+    Args:
+        out: the run's folder; one made by an earlier demo is replaced.
+        limit_s: training stops after so many seconds.
+    """
+
+    out: Path = Path("runs/demo")
+    ranks: int = 2
+    limit_s: float = 115.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DoctorConfig:
+    """What is here, checked: devices, back ends, kernels, every communication channel.
+
+    Args:
+        ranks: local gloo ranks of the channel checks.
+    """
+
+    ranks: int = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """Measure on this machine, and write JSON and a table.
+
+    Args:
+        suite: "training": tokens/s and peak memory per rank against sequence length, at several numbers of ranks.
+        out: where the results go.
+    """
+
+    suite: Literal["training"] = "training"
+    ranks: tuple[int, ...] = (1, 2, 4)
+    lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
+    steps: int = 3
+    out: Path = Path("runs/bench")
+
+
+def _options(kind: Any) -> list[str]:
+    parser = tyro.extras.get_parser(kind)
+    return [option for action in parser._actions for option in action.option_strings]
+
+
+def parse(kind: type[_T], argv: Sequence[str], prog: str) -> _T:
+    """The config from the command line. Raises ValueError for an unknown option, with the nearest known one."""
+    config, unknown = tyro.cli(kind, args=list(argv), prog=prog, return_unknown_args=True, config=(tyro.conf.FlagConversionOff,))
+    if unknown:
+        name = next((item for item in unknown if item.startswith("-")), unknown[0]).split("=")[0]
+        near = difflib.get_close_matches(name, _options(kind), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"see {prog} --help"
+        raise ValueError(f"unknown option {name!r} of {prog}; {hint}")
+    return config
+
+
+def _train(argv: Sequence[str]) -> int:
+    from longspan.train.config import TrainConfig
+    from longspan.train.launch import discover, local_ranks
+
+    ranks, rest = _take_ranks(argv)
+    config = parse(TrainConfig, rest, "longspan train")
+    launch = discover()
+    if launch.how != "single":
+        if ranks not in (None, launch.world_size):
+            raise ValueError(f"--ranks starts local ranks, but {launch.how} has started {launch.world_size}; leave it out")
+    elif ranks is not None and ranks > 1:
+        from longspan.plan.plan import Plan
+
+        plan = Plan.read(config.plan_file) if config.plan_file is not None else config.plan
+        plan.fit(ranks)  # before anything is started
+        config.batch.plan()
+        return local_ranks(
+            ranks, ["train", *rest], log_dir=None, hint="checkpoints are kept: go on with --resume latest"
+        )
+    return _rank(config, "longspan train " + " ".join(argv))
+
+
+def _take_ranks(argv: Sequence[str]) -> tuple[int | None, list[str]]:
+    """--ranks belongs to the launcher, not to the run: it is taken off the command line."""
+    rest, ranks = [], None
+    items = iter(argv)
+    for item in items:
+        name, _, value = item.partition("=")
+        if name != "--ranks":
+            rest.append(item)
+            continue
+        text = value or next(items, "")
+        if not text.isdigit() or int(text) < 1:
+            raise ValueError(f"--ranks must be a number of at least 1, got {text!r}")
+        ranks = int(text)
+    return ranks, rest
+
+
+def _rank(config: Any, command: str) -> int:
+    """One rank of a training run, its errors in one line each."""
+    from longspan.train.checkpoint import CheckpointError
+    from longspan.train.liveness import LostRankError, fail
+    from longspan.train.loop import NotFiniteError
+    from longspan.train.session import run
+
+    try:
+        report = run(config, command)
+    except (LostRankError, NotFiniteError) as error:
+        fail(str(error))
+    except (ValueError, CheckpointError) as error:
+        fail(str(error), code=2)
+    del report
+    return 0
+
+
+def _demo(argv: Sequence[str]) -> int:
+    config = parse(DemoConfig, argv, "longspan demo")
+    if config.out.exists():
+        if not (config.out / "metrics.jsonl").is_file() and any(config.out.iterdir()):
+            raise ValueError(f"{config.out} is not the folder of an earlier run; choose another --out")
+        shutil.rmtree(config.out)
+    return _train(
+        [
+            "--ranks", str(config.ranks), "--out", str(config.out), "--limit-s", str(config.limit_s),
+            *demo_options(),
+        ]
+    )  # fmt: skip
+
+
+def demo_options() -> list[str]:
+    """The demo's training run: 512 tokens growing to 8,192, split over the ranks."""
+    return [
+        "--model.layers", "2", "--model.width", "192", "--model.heads", "3",
+        "--batch.steps", "120", "--batch.tokens", "8192", "--batch.length", "8192", "--batch.start-length", "512",
+        "--batch.warmup-fraction", "0.85", "--optim.lr", "4e-3", "--optim.warmup", "8",
+        "--eval.contexts", "512", "8192", "--eval.tokens", "32768",
+    ]  # fmt: skip
+
+
+def _generate(argv: Sequence[str]) -> int:
+    import torch
+
+    from longspan.model import load_pretrained
+    from longspan.model.generate import generate
+    from longspan.train.data.tokenizers import load_tokenizer
+
+    config = parse(GenerateConfig, argv, "longspan generate")
+    folder = config.checkpoint
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+    tokenizer = load_tokenizer(config.tokenizer or str(folder))
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    if config.device == "cuda" and not cuda:
+        raise ValueError("device cuda was asked for and torch sees no CUDA device; use --device cpu or auto")
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    model = load_pretrained(folder, dtype=dtype, device="cuda" if cuda else "cpu")
+    ids = tokenizer.encode(config.prompt)
+    steps = generate(
+        model,
+        torch.from_numpy(ids)[None],
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k or None,
+        top_p=config.top_p,
+        seed=config.seed,
+        stop_ids={tokenizer.separator_id},
+    )
+    print(config.prompt, end="", flush=True)
+    decoder = tokenizer.stream(ids.tolist())
+    for (token,) in steps:
+        if token == tokenizer.separator_id:
+            break
+        print(decoder.push(token), end="", flush=True)
+    print(decoder.finish(), flush=True)
+    return 0
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    from longspan.bench.doctor import run_doctor
+
+    return run_doctor(parse(DoctorConfig, argv, "longspan doctor").ranks)
+
+
+def _methods(argv: Sequence[str]) -> int:
+    from longspan.bench.catalogue import print_methods
+
+    if argv:
+        raise ValueError(f"longspan methods takes no options, got {argv[0]!r}")
+    print_methods()
+    return 0
+
+
+def _bench(argv: Sequence[str]) -> int:
+    from longspan.bench.training import run_training_bench
+
+    config = parse(BenchConfig, argv, "longspan bench")
+    return run_training_bench(config.ranks, config.lengths, config.steps, config.out)
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (_train, "train a model, on one rank or many"),
+    "generate": (_generate, "continue a prompt with a checkpoint"),
+    "demo": (_demo, "train a small model on real text over two ranks, and write a report"),
+    "doctor": (_doctor, "what is here, checked: devices, back ends, every communication channel"),
+    "methods": (_methods, "every method, layout, mask and kernel, and where each is verified"),
+    "bench": (_bench, "measure on this machine"),
+}
+
+
+def usage() -> str:
+    lines = [f"longspan {__version__}: train transformers on sequences that no single device holds", ""]
+    lines += [f"  longspan {name:<9} {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join([*lines, "", "longspan COMMAND --help lists a command's options."])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. A ValueError becomes one line and exit code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    try:
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            known = ", ".join(COMMANDS)
+            raise ValueError(f"unknown command {name!r}; " + (f"did you mean {near[0]}?" if near else f"known: {known}"))
+        return COMMANDS[name][0](rest)
+    except ValueError as error:
+        print(f"longspan: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 1

@@ -1,0 +1,173 @@
+"""The front door: exact attention over a sequence that is split between ranks.
+
+``attention`` takes local ``b l h d`` tensors and returns the local output, differentiable, for any mask, any length and
+any head grouping. ``shard`` and ``unshard`` split and join anything that runs along the sequence by the same layout.
+Models and compiled code call ``prepare`` once and pass its handle to ``attend`` in every layer.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+from longspan.attention.kernels import KERNELS
+from longspan.attention.masks import Mask
+from longspan.context.build import Built, build, resolve
+from longspan.context.exchange import agree, backend_for
+from longspan.context.run import Bound, attend, bind, bound
+from longspan.layout.tokens import Layout
+
+
+def world_and_rank(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Size of a group and own rank in it; None means this process alone."""
+    return (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+
+
+@lru_cache(maxsize=256)
+def _handle(
+    mask: Mask,
+    num_heads: int,
+    num_kv_heads: int,
+    group: dist.ProcessGroup | None,
+    method: str,
+    layout: Layout | str | None,
+    scale: float | None,
+    softcap: float | None,
+    kernel: str,
+) -> int:
+    world, rank = world_and_rank(group)
+    built = build(
+        mask, world=world, rank=rank, num_heads=num_heads, num_kv_heads=num_kv_heads, method=method, layout=layout
+    )
+    return bind(Bound(built, group if world > 1 else None, scale, softcap, kernel))
+
+
+def prepare(
+    mask: Mask,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    group: dist.ProcessGroup | None = None,
+    method: str = "auto",
+    layout: Layout | str | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    kernel: str = "auto",
+    device: torch.device | str = "cpu",
+) -> int:
+    """A handle for ``attend`` and ``torch.ops.longspan.attention``. Collective over ``group``: ranks compare digests.
+
+    Args: ``mask`` of the global sequence; ``scale`` of the scores, 1/sqrt(head_dim) by default; ``softcap`` c turns
+    scores x into c·tanh(x/c); ``device`` of the tensors to come. Equal arguments give the same handle.
+    Raises ValueError, on every rank, where the ranks' masks or schedules differ, and for unknown or unfit options.
+    """
+    if kernel != "auto" and kernel not in KERNELS:
+        raise ValueError(f"unknown kernel {kernel!r}; known: auto, {', '.join(KERNELS)}")
+    handle = _handle(mask, num_heads, num_kv_heads, group, method, layout, scale, softcap, kernel)
+    compare(bound(handle).built, group, device)
+    return handle
+
+
+def compare(built: Built, group: dist.ProcessGroup | None, device: torch.device | str) -> None:
+    """Refuse, on every rank, masks or schedules that differ between the ranks of a group."""
+    if group is not None and dist.get_world_size(group) > 1:
+        agree(group, built.fingerprint, "mask, layout and schedule", torch.device(device))
+
+
+def attention(
+    q: Float[Tensor, "b l h d"],
+    k: Float[Tensor, "b l g d"],
+    v: Float[Tensor, "b l g d"],
+    *,
+    mask: Mask,
+    group: dist.ProcessGroup | None = None,
+    method: str = "auto",
+    layout: Layout | str | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    kernel: str = "auto",
+) -> Float[Tensor, "b l h d"]:
+    """Exact attention of a sequence split over ``group``, on local tensors; differentiable once.
+
+    The local tokens are those that ``shard(x, mask, group, method=method, layout=layout)`` gives. Every call compares
+    the ranks' masks and schedules (one tiny collective); ``prepare`` and ``attend`` do so once for many layers.
+    Raises ValueError for shapes, methods, layouts or kernels that do not fit, or where ranks disagree.
+    """
+    handle = prepare(
+        mask,
+        num_heads=q.shape[2],
+        num_kv_heads=k.shape[2],
+        group=group,
+        method=method,
+        layout=layout,
+        scale=scale,
+        softcap=softcap,
+        kernel=kernel,
+        device=q.device,
+    )
+    return attend(q, k, v, handle)
+
+
+def _layout(mask: Mask, world: int, method: str, layout: Layout | str | None) -> Layout:
+    return resolve(mask, world, method, layout)[1]
+
+
+def shard(
+    x: Tensor,
+    mask: Mask,
+    group: dist.ProcessGroup | None,
+    dim: int = 1,
+    method: str = "auto",
+    layout: Layout | str | None = None,
+) -> Tensor:
+    """This rank's tokens of a global tensor, along ``dim``, in local order; differentiable.
+
+    Raises ValueError where ``x`` does not have the mask's length along ``dim``.
+    """
+    world, rank = world_and_rank(group)
+    if x.shape[dim] != mask.num_tokens:
+        raise ValueError(
+            f"dim {dim} of x must be the mask's {mask.num_tokens} tokens, got {x.shape[dim]}; pass the global tensor"
+        )
+    positions = _layout(mask, world, method, layout).positions(rank)
+    return x.index_select(dim, torch.from_numpy(positions).to(x.device))
+
+
+def unshard(
+    x: Tensor,
+    mask: Mask,
+    group: dist.ProcessGroup | None,
+    dim: int = 1,
+    method: str = "auto",
+    layout: Layout | str | None = None,
+) -> Tensor:
+    """The global tensor, on every rank, of local tensors along ``dim``. Collective; has no gradient.
+
+    Raises ValueError where ``x`` does not have this rank's number of tokens along ``dim``, or wants a gradient.
+    """
+    world, rank = world_and_rank(group)
+    chosen = _layout(mask, world, method, layout)
+    if x.shape[dim] != chosen.local_sizes[rank]:
+        raise ValueError(
+            f"dim {dim} of x must be this rank's {chosen.local_sizes[rank]} tokens, got {x.shape[dim]}; "
+            "pass what shard gave"
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("unshard has no gradient; call it on x.detach(), or keep the loss on local tokens")
+    slots = torch.from_numpy(chosen.slots).to(x.device)
+    if group is None or world == 1:
+        return x.index_select(dim, slots)
+    local = x.movedim(dim, 0)
+    padded = local.new_zeros((max(chosen.local_sizes), *local.shape[1:]))
+    padded[: local.shape[0]] = local
+    staged = x.device.type == "cuda" and backend_for(group, x.device) != "nccl"
+    if staged:
+        padded = padded.cpu()
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded, group=group)
+    joined = torch.cat([part[:size] for part, size in zip(parts, chosen.local_sizes, strict=True)])
+    return joined.to(x.device).index_select(0, slots).movedim(0, dim)

@@ -1,0 +1,87 @@
+"""From a mask to lowered programs: derive, prune, check, lower. Pure and picklable, so a data worker can do it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+
+from longspan.attention.masks import Mask
+from longspan.context.check import check
+from longspan.context.choose import default_layout, default_method
+from longspan.context.geometry import Geometry
+from longspan.context.lower import Program, lower
+from longspan.context.methods import method as method_of
+from longspan.context.passes import prune_schedule
+from longspan.context.schedule import Schedule
+from longspan.layout.tokens import Layout, make_layout
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """One rank's programs for a mask, with the digest of mask and schedule that all ranks must share."""
+
+    method: str
+    layout: Layout
+    num_heads: int
+    num_kv_heads: int
+    rank: int
+    forward: Program
+    backward: Program
+    fingerprint: str
+
+
+def resolve(mask: Mask, world: int, method: str, layout: Layout | str | None) -> tuple[str, Layout]:
+    """The method and layout in force. Raises ValueError where a given layout does not fit the mask or the ranks."""
+    if layout is None:
+        layout = default_layout(mask, world, method)
+    elif isinstance(layout, str):
+        layout = make_layout(layout, mask.num_tokens, world)
+    if (layout.num_tokens, layout.world) != (mask.num_tokens, world):
+        raise ValueError(
+            f"the layout must hold the mask's {mask.num_tokens} tokens on {world} ranks, got one for "
+            f"{layout.num_tokens} tokens on {layout.world} ranks"
+        )
+    return (default_method(mask, layout) if method == "auto" else method), layout
+
+
+@lru_cache(maxsize=32)
+def checked_schedule(mask: Mask, layout: Layout, method: str, num_heads: int, num_kv_heads: int) -> Schedule:
+    """The method's schedule, pruned for the mask and proved right."""
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"query heads must be a multiple of KV heads, got {num_heads} and {num_kv_heads}")
+    geometry = Geometry(mask, layout)
+    schedule = prune_schedule(method_of(method).build(layout, num_heads, num_kv_heads), geometry)
+    check(schedule, geometry)
+    return schedule
+
+
+@lru_cache(maxsize=64)
+def _built(mask: Mask, layout: Layout, method: str, num_heads: int, num_kv_heads: int, rank: int) -> Built:
+    schedule = checked_schedule(mask, layout, method, num_heads, num_kv_heads)
+    geometry = Geometry(mask, layout)
+    programs = [
+        lower(phase, schedule, geometry, rank, backward=backward)
+        for phase, backward in ((schedule.forward, False), (schedule.backward, True))
+    ]
+    text = f"{mask.fingerprint} {schedule.fingerprint}"
+    digest = blake2b(text.encode(), digest_size=8).hexdigest()
+    return Built(method, layout, num_heads, num_kv_heads, rank, programs[0], programs[1], digest)
+
+
+def build(
+    mask: Mask,
+    *,
+    world: int,
+    rank: int,
+    num_heads: int,
+    num_kv_heads: int,
+    method: str = "auto",
+    layout: Layout | str | None = None,
+) -> Built:
+    """One rank's programs of a mask. Cached; the same on every call with equal arguments, in any process.
+
+    Raises ValueError for an unknown method or layout, or one that does not fit the mask, the ranks or the heads.
+    """
+    chosen, resolved = resolve(mask, world, method, layout)
+    return _built(mask, resolved, chosen, num_heads, num_kv_heads, rank)

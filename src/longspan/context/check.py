@@ -1,0 +1,150 @@
+"""The static checker: a schedule is proved right for a mask before anything runs.
+
+It executes both phases symbolically on atoms and refuses, naming the step, the ranks and the tokens, a schedule that
+reads an input before it has arrived, sends a sum that does not exist, leaves a partial sum with a rank that does not
+own it, or computes any allowed (head, query, key) triple other than exactly once. Moves are one list seen by both
+ends, so sends match receives and all ranks post in one order by construction.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from longspan.context.geometry import Geometry, Range
+from longspan.context.passes import Liveness, atoms_of
+from longspan.context.schedule import KV_KINDS, Kind, Phase, Schedule, kv_heads_of
+
+
+class ScheduleError(ValueError):
+    """A schedule that would not compute attention."""
+
+
+def check(schedule: Schedule, geometry: Geometry) -> None:
+    """Prove both phases. Raises ScheduleError with the first fault found."""
+    if schedule.num_heads % schedule.num_kv_heads:
+        raise ScheduleError(
+            f"query heads must be a multiple of KV heads, got {schedule.num_heads} and {schedule.num_kv_heads}"
+        )
+    _check_phase(schedule.forward, schedule, geometry, backward=False)
+    _check_phase(schedule.backward, schedule, geometry, backward=True)
+
+
+def areas(schedule: Schedule, geometry: Geometry) -> tuple[int, ...]:
+    """Allowed (head, query, key) triples that each rank computes in the forward phase."""
+    totals = [0] * schedule.layout.world
+    for block in schedule.forward.blocks:
+        totals[block.rank] += geometry.area(block.q, block.k) * (block.heads[1] - block.heads[0])
+    return tuple(totals)
+
+
+def _check_form(phase: Phase, schedule: Schedule, name: str, kinds: Iterable[Kind]) -> None:
+    """Every rank, slot and head that the phase speaks of is one that the schedule has."""
+    known = frozenset(kinds)
+    ranks = range(schedule.layout.world)
+    for move in phase.moves:
+        kind = move.piece.kind
+        if kind not in known:
+            raise ScheduleError(f"{name}: {kind} cannot move in this phase; known: {sorted(known)}")
+        num_heads = schedule.num_kv_heads if kind in KV_KINDS else schedule.num_heads
+        if move.src not in ranks or move.dst not in ranks or not _fits(move.piece.heads, num_heads):
+            raise ScheduleError(f"{name}: ranks are 0..{len(ranks) - 1} and heads 0..{num_heads}, got {move}")
+    for block in phase.blocks:
+        if block.rank not in ranks or not _fits(block.heads, schedule.num_heads):
+            raise ScheduleError(
+                f"{name}: ranks are 0..{len(ranks) - 1} and heads 0..{schedule.num_heads}, got {block}"
+            )
+    tokens = {move.piece.tokens for move in phase.moves} | {r for block in phase.blocks for r in (block.q, block.k)}
+    for ranges in tokens:
+        last = 0
+        for start, stop in ranges:
+            if not last <= start <= stop <= schedule.layout.num_tokens:
+                raise ScheduleError(
+                    f"{name}: slots must be sorted and disjoint ranges within {schedule.layout.num_tokens} tokens, "
+                    f"got {ranges}"
+                )
+            last = stop
+
+
+def _fits(heads: Range, num_heads: int) -> bool:
+    return 0 <= heads[0] < heads[1] <= num_heads
+
+
+def _check_phase(phase: Phase, schedule: Schedule, geometry: Geometry, *, backward: bool) -> None:
+    name = "backward" if backward else "forward"
+    input_kinds: tuple[Kind, ...] = ("q", "kv", "do") if backward else ("q", "kv")
+    sum_kinds: tuple[Kind, ...] = ("dq", "dkv") if backward else ("o",)
+    _check_form(phase, schedule, name, (*input_kinds, *sum_kinds))
+    atoms = atoms_of(phase, schedule, geometry)
+    have = Liveness(atoms)
+    owned = [atoms.bits((schedule.layout.owned(rank),)) for rank in range(schedule.layout.world)]
+    for rank, tokens in enumerate(owned):
+        for kind in input_kinds:
+            have.add(rank, kind, tokens, range(len(have.of(rank, kind))))
+    posted, landing, computed = defaultdict(list), defaultdict(list), defaultdict(list)
+    for move in phase.moves:
+        cells = atoms.bits(move.piece.tokens), atoms.heads(move.piece.heads, kv=move.piece.kind in KV_KINDS)
+        posted[move.step].append((move, cells))
+        landing[move.lands].append((move, cells))
+    for block in phase.blocks:
+        computed[block.step].append(block)
+    # For every (head, query) the keys computed at least once, and more than once.
+    once = [[0] * atoms.num for _ in atoms.head_cuts[1:]]
+    again = [[0] * atoms.num for _ in atoms.head_cuts[1:]]
+    for step in range(phase.num_steps):
+        for move, (tokens, heads) in posted[step]:
+            kind = move.piece.kind
+            missing = _missing(have.of(move.src, kind), tokens, heads)
+            if missing:
+                raise ScheduleError(
+                    f"{name} step {step}: rank {move.src} sends {kind} of slots {atoms.ranges(missing)} to rank "
+                    f"{move.dst} but does not hold it"
+                )
+            if kind in sum_kinds:
+                have.take(move.src, kind, tokens, heads)
+        for block in computed[step]:
+            rows, columns = atoms.bits(block.q), atoms.bits(block.k)
+            heads = atoms.heads(block.heads, kv=False)
+            kv_heads = atoms.heads(kv_heads_of(block.heads, schedule.group_size), kv=True)
+            for kind in input_kinds:
+                place = (columns, kv_heads) if kind in KV_KINDS else (rows, heads)
+                missing = _missing(have.of(block.rank, kind), *place)
+                if missing:
+                    raise ScheduleError(
+                        f"{name} step {step}: rank {block.rank} computes on {kind} of slots {atoms.ranges(missing)} "
+                        "before it has arrived"
+                    )
+            for kind in sum_kinds:
+                have.add(block.rank, kind, *((columns, kv_heads) if kind in KV_KINDS else (rows, heads)))
+            members = atoms.members(rows)
+            for head in heads:
+                head_once, head_again = once[head], again[head]
+                for row in members:
+                    head_again[row] |= head_once[row] & columns
+                    head_once[row] |= columns
+        for move, (tokens, heads) in landing[step]:
+            have.add(move.dst, move.piece.kind, tokens, heads)
+    for rank, tokens in enumerate(owned):
+        for kind in sum_kinds:
+            kept = 0
+            for held in have.of(rank, kind):
+                kept |= held & ~tokens
+            if kept:
+                where = atoms.ranges(kept)
+                raise ScheduleError(f"{name}: rank {rank} keeps {kind} of slots {where}, which it does not own")
+    for head, cut in enumerate(atoms.head_cuts[:-1]):
+        for row, allowed in enumerate(atoms.allowed):
+            never, twice = allowed & ~once[head][row], allowed & again[head][row]
+            if never or twice:
+                times = "0 times" if never else "more than once"
+                raise ScheduleError(
+                    f"{name}: head {cut}, queries of slots {atoms.ranges(1 << row)}, keys of slots "
+                    f"{atoms.ranges(never or twice)} are computed {times}; every allowed pair must be once"
+                )
+
+
+def _missing(held: list[int], tokens: int, heads: Iterable[int]) -> int:
+    missing = 0
+    for head in heads:
+        missing |= tokens & ~held[head]
+    return missing

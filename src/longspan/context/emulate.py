@@ -1,0 +1,95 @@
+"""Emulate: every rank of a schedule in one process, exactly, in lockstep. One CPU or one GPU is enough.
+
+The same lowered programs and the same worker as ``run``, with queues in place of a network: the way to test a method,
+to test many ranks on one GPU, and to look at a schedule's numerics without a cluster.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from longspan.context.engine import Record, Settings, Worker, accumulation_dtype
+from longspan.context.geometry import Geometry
+from longspan.context.lower import Program, lower
+from longspan.context.schedule import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Emulation:
+    """Global results of an emulated attention, in global token order."""
+
+    out: Float[Tensor, "b s h d"]
+    lse: Float[Tensor, "b h s"]
+    grads: tuple[Tensor, Tensor, Tensor] | None  # dq, dk, dv
+
+
+def exchange_in_lockstep(programs: list[Program], workers: list[Worker]) -> None:
+    """Run all ranks' programs of one phase step by step."""
+    waiting: list[list[tuple]] = [[] for _ in workers]
+    queues: dict[tuple[int, int, int], deque[Tensor]] = defaultdict(deque)
+    num_steps = max((len(program.steps) for program in programs), default=0)
+    for number in range(num_steps):
+        for program, worker in zip(programs, workers, strict=True):
+            for send in program.steps[number].sends:
+                queues[program.rank, send.peer, send.lane].append(worker.outgoing(send))
+        for program, worker, arrivals in zip(programs, workers, waiting, strict=True):
+            step = program.steps[number]
+            for receive in step.receives:
+                arrivals.append((receive, queues[receive.peer, program.rank, receive.lane].popleft()))
+            for compute in step.computes:
+                worker.compute(compute)
+            for landing in step.landings:
+                receive, flat = arrivals[landing.receive]
+                worker.arrive(receive, flat, landing.write)
+                arrivals[landing.receive] = ()
+            worker.free(step.frees)
+    assert not any(queues.values()), "messages left over"
+
+
+def emulate(
+    schedule: Schedule,
+    geometry: Geometry,
+    q: Float[Tensor, "b s h d"],
+    k: Float[Tensor, "b s g d"],
+    v: Float[Tensor, "b s g d"],
+    settings: Settings,
+    dout: Float[Tensor, "b s h d"] | None = None,
+) -> Emulation:
+    """Attention (and, given ``dout``, its gradients) by the schedule, of global tensors in global token order.
+
+    The schedule must have been pruned for the geometry's mask (``passes.prune_schedule``).
+    """
+    layout = schedule.layout
+    order = [torch.from_numpy(layout.positions(rank)).to(q.device) for rank in range(layout.world)]
+
+    def split(x: Tensor, dim: int = 1) -> list[Tensor]:
+        return [x.index_select(dim, positions) for positions in order]
+
+    def joined(parts: list[Tensor], dim: int = 1) -> Tensor:
+        return torch.cat(parts, dim).index_select(dim, torch.from_numpy(layout.slots).to(q.device))
+
+    def phase(inputs: list[list[Record]], *, backward: bool) -> list[Worker]:
+        source = schedule.backward if backward else schedule.forward
+        programs = [lower(source, schedule, geometry, rank, backward=backward) for rank in range(layout.world)]
+        workers = [Worker(p, i, settings) for p, i in zip(programs, inputs, strict=True)]
+        exchange_in_lockstep(programs, workers)
+        return workers
+
+    qs, ks, vs = split(q), split(k), split(v)
+    own: list[list[Record]] = [[(qr,), (kr, vr)] for qr, kr, vr in zip(qs, ks, vs, strict=True)]
+    results = [worker.result() for worker in phase(own, backward=False)]
+    out, lse = joined([r[0] for r in results]), joined([r[1] for r in results], 2)
+    if dout is None:
+        return Emulation(out.to(q.dtype), lse, None)
+    for inputs, local, (out_r, lse_r) in zip(own, split(dout), results, strict=True):
+        delta = (local.to(accumulation_dtype(q.dtype)) * out_r.to(q.dtype)).sum(-1).transpose(1, 2)
+        inputs.append((local, lse_r, delta.contiguous()))
+    workers = phase(own, backward=True)
+    dq = joined([worker.result(0)[0] for worker in workers])
+    dk, dv = (joined([worker.result(1)[i] for worker in workers]) for i in (0, 1))
+    return Emulation(out.to(q.dtype), lse, (dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)))

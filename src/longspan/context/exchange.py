@@ -1,0 +1,105 @@
+"""How a step's messages travel: gloo, NCCL, or gloo staged through pinned host memory for CUDA tensors.
+
+Receives are posted before sends: gloo serialises the two directions otherwise. NCCL takes one batch per step and lane,
+at most 256 operations, in the order of the global list on every rank. gloo cannot read CUDA memory and NCCL refuses
+two ranks on one card, so ranks that share a GPU send through pinned host buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Message = tuple[int, int, Tensor]  # peer (rank in the group), lane, flat uint8 tensor
+_BATCH_LIMIT = 256  # more operations in one NCCL batch can hang (pytorch issue 174288)
+
+
+def backend_for(group: dist.ProcessGroup, device: torch.device) -> str:
+    """The back end of a group for tensors of a device: "gloo", "nccl", or "none" where it has none."""
+    config = dist.get_backend_config(group)
+    table = dict(item.split(":") for item in str(config).split(",")) if ":" in str(config) else {}
+    return table.get(device.type, str(config) if not table else "none")
+
+
+class Exchange:
+    """Posts messages on a process group and waits for them.
+
+    Raises ValueError where the group can serve the device neither directly nor through host memory.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group = group
+        backend = backend_for(group, device)
+        self.nccl = backend == "nccl"
+        self.staged = device.type == "cuda" and not self.nccl
+        if self.staged and backend_for(group, torch.device("cpu")) != "gloo":
+            raise ValueError(
+                f"a process group for CUDA tensors needs NCCL, or gloo to stage through host memory, got {backend!r}"
+            )
+        self._sending: list[tuple[dist.Work, Tensor]] = []
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Callable[[], None]]:
+        """Start all messages of one step; returns for each receive a function that waits until its bytes are there."""
+        if not sends and not receives:
+            return []
+        return self._post_nccl(sends, receives) if self.nccl else self._post_gloo(sends, receives)
+
+    def _post_gloo(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Callable[[], None]]:
+        waits = []
+        for peer, _, target in receives:
+            landing = torch.empty(target.shape, dtype=target.dtype, pin_memory=True) if self.staged else target
+            work = dist.irecv(landing, group=self.group, group_src=peer)
+            assert work is not None
+            waits.append(_waiter([work], target, landing if self.staged else None))
+        for peer, _, source in sends:
+            if self.staged:
+                source = torch.empty(source.shape, dtype=source.dtype, pin_memory=True).copy_(source)
+            work = dist.isend(source, group=self.group, group_dst=peer)
+            assert work is not None
+            self._sending.append((work, source))
+        return waits
+
+    def _post_nccl(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Callable[[], None]]:
+        if any(lane for _, lane, _ in (*sends, *receives)):
+            raise ValueError("a schedule of several lanes needs a process group per lane on NCCL; use method='ring'")
+        ops = [dist.P2POp(dist.irecv, t, group=self.group, group_peer=peer) for peer, _, t in receives]
+        ops += [dist.P2POp(dist.isend, t, group=self.group, group_peer=peer) for peer, _, t in sends]
+        if len(ops) > _BATCH_LIMIT:
+            raise ValueError(f"a step may post at most {_BATCH_LIMIT} messages per rank on NCCL, got {len(ops)}")
+        works = dist.batch_isend_irecv(ops)  # coalesced: works do not match ops one to one
+        self._sending.extend((work, t) for work in works for _, _, t in sends)
+        return [_waiter(works, target, None) for _, _, target in receives]
+
+    def finish(self) -> None:
+        """Wait until everything posted has been sent."""
+        for work, _ in self._sending:
+            work.wait()
+        self._sending.clear()
+
+
+def _waiter(works: list[dist.Work], target: Tensor, staged: Tensor | None) -> Callable[[], None]:
+    def wait() -> None:
+        for work in works:
+            work.wait()
+        if staged is not None:
+            target.copy_(staged)
+
+    return wait
+
+
+def agree(group: dist.ProcessGroup, fingerprint: str, what: str, device: torch.device) -> None:
+    """Compare a hexadecimal fingerprint (64 bits) over the ranks. Raises ValueError on every rank where they differ."""
+    where = device if backend_for(group, device) == "nccl" else torch.device("cpu")
+    mine = torch.tensor([int(fingerprint, 16) - (1 << 63)], dtype=torch.int64, device=where)
+    world = dist.get_world_size(group)
+    every = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(every, mine, group=group)
+    values = [int(t.item()) for t in every]
+    if len(set(values)) > 1:
+        others = [rank for rank, value in enumerate(values) if value != values[0]]
+        raise ValueError(
+            f"all ranks must use one {what}, but ranks {others} differ from rank 0; build it from the same inputs"
+        )

@@ -1,0 +1,354 @@
+"""Lowering: from a global schedule to what one rank does, with every look-up done once.
+
+The result says for each step which rectangles of which buffers are packed for which peer, which blocks run on which
+bands, and where each result or arrival is written: first writes copy (or hand over the whole tensor), later ones merge.
+Buffers live from their arrival or first write to their last use. Lowered programs hold plain integers and tuples only,
+so that a data worker can build them and send them to the training process.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple
+
+from longspan.attention.bands import Bands, total_area
+from longspan.context.geometry import Atoms, Geometry, Range, Ranges, count, stretches
+from longspan.context.passes import atoms_of
+from longspan.context.schedule import (
+    INPUTS,
+    KV_KINDS,
+    SUMS,
+    Kind,
+    Move,
+    Phase,
+    Piece,
+    Schedule,
+    Sizes,
+    kv_heads_of,
+)
+
+
+class Part(NamedTuple):
+    """A rectangle (tokens x heads) of buffer ``buffer`` at (token, head), and its place in the assembled region."""
+
+    buffer: int
+    token: int
+    head: int
+    to_token: int
+    to_head: int
+    num_tokens: int
+    num_heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A (tokens, heads) array assembled from parts of buffers; one part of full size is read in place."""
+
+    kind: Kind
+    num_tokens: int
+    num_heads: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """How a result or arrival enters the accumulators: rectangles to copy or merge; ``adopt`` takes it over whole."""
+
+    kind: Kind
+    adopt: int | None
+    copies: tuple[Part, ...]  # here to_* is the place in the result and token, head the place in the buffer
+    merges: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    peer: int
+    lane: int
+    region: Region
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """Posted with the sends of its step. An input becomes buffer ``buffer``; a sum is written when it lands."""
+
+    peer: int
+    lane: int
+    kind: Kind
+    num_tokens: int
+    num_heads: int
+    buffer: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    receive: int  # index among the program's receives, in order of posting
+    write: Write | None
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """One kernel call. ``heads`` are the query heads, ``kv_heads`` the KV heads it reads."""
+
+    q: Region
+    kv: Region
+    do: Region | None
+    heads: Range
+    kv_heads: Range
+    bands: Bands
+    writes: tuple[Write, ...]
+
+
+@dataclass(slots=True)
+class Step:
+    sends: list[Send] = field(default_factory=list)
+    receives: list[Receive] = field(default_factory=list)
+    computes: list[Compute] = field(default_factory=list)
+    landings: list[Landing] = field(default_factory=list)
+    frees: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Buffer:
+    """What a buffer holds and when it lives (steps, inclusive)."""
+
+    piece: Piece
+    born: int
+    dies: int
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One rank's lowered phase. Buffers 0.. are the own inputs, then the own sums, in the order of ``own``."""
+
+    rank: int
+    num_tokens: int
+    group_size: int
+    own: tuple[Kind, ...]
+    steps: tuple[Step, ...]
+    buffers: tuple[Buffer, ...]
+    unwritten: tuple[tuple[Part, ...], ...]  # per own sum: rectangles that nothing ever writes
+
+    @property
+    def area(self) -> int:
+        """Allowed (head, query, key) triples this rank computes."""
+        return sum(total_area(c.bands) * (c.heads[1] - c.heads[0]) for step in self.steps for c in step.computes)
+
+    def peak_bytes(self, sizes: Sizes) -> int:
+        """Largest total of live buffers, own inputs and sums included, over the steps."""
+        live = [0] * (len(self.steps) + 1)
+        for buffer in self.buffers:
+            size = sizes.of(buffer.piece)
+            for step in range(buffer.born, min(buffer.dies, len(self.steps)) + 1):
+                live[step] += size
+        return max(live)
+
+
+Held = dict[int, int]  # buffer -> the atoms that are read from it
+
+
+class _Lowering:
+    """Symbolic execution of one rank's part of a phase."""
+
+    def __init__(self, phase: Phase, schedule: Schedule, atoms: Atoms, rank: int, *, backward: bool) -> None:
+        self.atoms, self.rank = atoms, rank
+        self.steps = tuple(Step() for _ in range(phase.num_steps))
+        self.buffers: list[Buffer] = []
+        self.where: dict[Kind, list[Held]] = {}  # by head atom
+        self.inputs: tuple[Kind, ...] = ("q", "kv", "do") if backward else ("q", "kv")
+        self.sums: tuple[Kind, ...] = ("dq", "dkv") if backward else ("o",)
+        self.own_tokens: Ranges = (schedule.layout.owned(rank),) if schedule.layout.local_sizes[rank] else ()
+        self.own_atoms = atoms.bits(self.own_tokens)
+        self.own_sum: dict[Kind, int] = {}
+        self._places: dict[Ranges, tuple[list[int], list[int]]] = {}
+        for kind in (*self.inputs, *self.sums):
+            heads = schedule.num_kv_heads if kind in KV_KINDS else schedule.num_heads
+            self.where[kind] = [{} for _ in self._head_cuts(kind)[1:]]
+            buffer = self.new(Piece(kind, self.own_tokens, (0, heads)), 0)
+            self.buffers[buffer].dies = phase.num_steps
+            if kind in SUMS:
+                self.own_sum[kind] = buffer
+            else:
+                self.where[kind] = [{buffer: self.own_atoms} for _ in self.where[kind]]
+
+    def _head_cuts(self, kind: Kind) -> list[int]:
+        return self.atoms.kv_head_cuts if kind in KV_KINDS else self.atoms.head_cuts
+
+    def _heads(self, piece: Piece) -> range:
+        return self.atoms.heads(piece.heads, kv=piece.kind in KV_KINDS)
+
+    def new(self, piece: Piece, step: int) -> int:
+        """A buffer for a piece."""
+        self.buffers.append(Buffer(piece, step, step))
+        return len(self.buffers) - 1
+
+    def _place(self, tokens: Ranges, slot: int) -> int:
+        """How many tokens of the ranges come before a slot."""
+        table = self._places.get(tokens)
+        if table is None:
+            sizes = [stop - start for start, stop in tokens]
+            bases = [before - start for before, (start, _) in zip(accumulate(sizes, initial=0), tokens, strict=False)]
+            table = self._places[tokens] = [start for start, _ in tokens], bases
+        starts, bases = table
+        return slot + bases[bisect_right(starts, slot) - 1]
+
+    def _parts(self, piece: Piece, columns: list[Held]) -> tuple[Part, ...]:
+        """Where the tokens of a piece lie, given for each of its head atoms; heads that lie alike go together."""
+        cuts, first_head = self._head_cuts(piece.kind), self._heads(piece).start
+        parts: list[Part] = []
+        for first, last in stretches(columns):
+            head, num_heads = cuts[first_head + first], cuts[first_head + last] - cuts[first_head + first]
+            runs = [
+                (self._place(piece.tokens, start), self._place(held_tokens, start), buffer, stop - start)
+                for buffer, tokens in columns[first].items()
+                for held_tokens in (self.buffers[buffer].piece.tokens,)
+                for start, stop in self.atoms.ranges(tokens)
+            ]
+            joined: list[tuple[int, int, int, int]] = []
+            for to_token, token, buffer, num in sorted(runs):
+                if joined:
+                    last_to, last_token, last_buffer, last_num = joined[-1]
+                    if buffer == last_buffer and to_token == last_to + last_num and token == last_token + last_num:
+                        joined[-1] = (last_to, last_token, buffer, last_num + num)
+                        continue
+                joined.append((to_token, token, buffer, num))
+            for to_token, token, buffer, num in joined:
+                base = self.buffers[buffer].piece.heads[0]
+                parts.append(Part(buffer, token, head - base, to_token, head - piece.heads[0], num, num_heads))
+        return tuple(parts)
+
+    def _use(self, parts: Iterable[Part], step: int) -> None:
+        for part in parts:
+            self.buffers[part.buffer].dies = max(self.buffers[part.buffer].dies, step)
+
+    def region(self, piece: Piece, step: int) -> Region:
+        """Where the cells of a piece lie now. They must all be present (the checker has seen to it)."""
+        tokens, where = self.atoms.bits(piece.tokens), self.where[piece.kind]
+        columns = [_within(where[head], tokens) for head in self._heads(piece)]
+        assert all(_union(held) == tokens for held in columns), f"rank {self.rank} lacks {piece} at step {step}"
+        parts = self._parts(piece, columns)
+        self._use(parts, step)
+        return Region(piece.kind, count(piece.tokens), piece.heads[1] - piece.heads[0], parts)
+
+    def write(self, piece: Piece, step: int) -> Write:
+        """Route a result or arrival with the piece's shape into accumulators, making them where there are none."""
+        kind, where, heads = piece.kind, self.where[piece.kind], self._heads(piece)
+        tokens, own = self.atoms.bits(piece.tokens), self.own_sum[piece.kind]
+        merging = [_within(where[head], tokens) for head in heads]
+        fresh = [tokens & ~_union(held) for held in merging]
+        whole = piece == self.buffers[own].piece
+        if all(cells == tokens for cells in fresh) and (whole or not tokens & self.own_atoms):
+            buffer = own if whole else self.new(piece, step)
+            for head in heads:
+                where[head][buffer] = where[head].get(buffer, 0) | tokens
+            return Write(kind, buffer, (), ())
+        copying: list[Held] = [{own: cells & self.own_atoms} if cells & self.own_atoms else {} for cells in fresh]
+        foreign = [cells & ~self.own_atoms for cells in fresh]
+        cuts = self._head_cuts(kind)
+        for first, last in stretches(foreign):
+            if foreign[first]:
+                some = cuts[heads.start + first], cuts[heads.start + last]
+                buffer = self.new(Piece(kind, self.atoms.ranges(foreign[first]), some), step)
+                for held in copying[first:last]:
+                    held[buffer] = foreign[first]
+        for head, held in zip(heads, copying, strict=True):
+            for buffer, cells in held.items():
+                where[head][buffer] = where[head].get(buffer, 0) | cells
+        copies, merges = self._parts(piece, copying), self._parts(piece, merging)
+        self._use((*copies, *merges), step)
+        return Write(kind, None, copies, merges)
+
+    def arrive(self, piece: Piece, buffer: int) -> None:
+        """An input lands: cells not held already are read from its buffer from now on."""
+        tokens = self.atoms.bits(piece.tokens)
+        for head in self._heads(piece):
+            held = self.where[piece.kind][head]
+            fresh = tokens & ~_union(held)
+            if fresh:
+                held[buffer] = fresh
+
+    def take(self, move: Move, step: int) -> Region:
+        """The region of a move; sums leave."""
+        region = self.region(move.piece, step)
+        if move.piece.kind in SUMS:
+            tokens, where = self.atoms.bits(move.piece.tokens), self.where[move.piece.kind]
+            for head in self._heads(move.piece):
+                where[head] = _within(where[head], ~tokens)
+        return region
+
+    def unwritten(self, kind: Kind) -> tuple[Part, ...]:
+        """The own sums of a kind that nothing has written."""
+        own = self.own_sum[kind]
+        columns = [self.own_atoms & ~held.get(own, 0) for held in self.where[kind]]
+        return self._parts(self.buffers[own].piece, [{own: cells} if cells else {} for cells in columns])
+
+
+def _within(held: Held, tokens: int) -> Held:
+    return {buffer: cells & tokens for buffer, cells in held.items() if cells & tokens}
+
+
+def _union(held: Held) -> int:
+    union = 0
+    for cells in held.values():
+        union |= cells
+    return union
+
+
+def lower(phase: Phase, schedule: Schedule, geometry: Geometry, rank: int, *, backward: bool) -> Program:
+    """One rank's program of a (pruned, checked) phase."""
+    state = _Lowering(phase, schedule, atoms_of(phase, schedule, geometry), rank, backward=backward)
+    posted, landing, computed = defaultdict(list), defaultdict(list), defaultdict(list)
+    for index, move in enumerate(phase.moves):
+        if rank in (move.src, move.dst):
+            posted[move.step].append((index, move))
+        if rank == move.dst:
+            landing[move.lands].append((index, move))
+    for block in phase.blocks:
+        if block.rank == rank:
+            computed[block.step].append(block)
+    receive_of: dict[int, int] = {}
+    arrival_of: dict[int, int] = {}
+    for number, step in enumerate(state.steps):
+        for index, move in posted[number]:
+            if move.src == rank:
+                step.sends.append(Send(move.dst, move.lane, state.take(move, number)))
+                continue
+            piece = move.piece
+            receive_of[index] = len(receive_of)
+            arrival_of[index] = arrival = state.new(piece, number)
+            state.buffers[arrival].dies = move.lands
+            num_heads = piece.heads[1] - piece.heads[0]
+            buffer = arrival if piece.kind in INPUTS else None
+            step.receives.append(Receive(move.src, move.lane, piece.kind, count(piece.tokens), num_heads, buffer))
+        for block in computed[number]:
+            kv_heads = kv_heads_of(block.heads, schedule.group_size)
+            q = state.region(Piece("q", block.q, block.heads), number)
+            kv = state.region(Piece("kv", block.k, kv_heads), number)
+            do = state.region(Piece("do", block.q, block.heads), number) if backward else None
+            writes = [state.write(Piece("dq" if backward else "o", block.q, block.heads), number)]
+            if backward:
+                writes.append(state.write(Piece("dkv", block.k, kv_heads), number))
+            bands = geometry.bands(block.q, block.k)
+            step.computes.append(Compute(q, kv, do, block.heads, kv_heads, bands, tuple(writes)))
+        for index, move in landing[number]:
+            if move.piece.kind in SUMS:
+                step.landings.append(Landing(receive_of[index], state.write(move.piece, number)))
+            else:
+                state.arrive(move.piece, arrival_of[index])
+                step.landings.append(Landing(receive_of[index], None))
+    own = (*state.inputs, *state.sums)
+    for index, buffer in enumerate(state.buffers[len(own) :], len(own)):
+        if buffer.dies < len(state.steps):
+            state.steps[buffer.dies].frees.append(index)
+    return Program(
+        rank,
+        schedule.layout.local_sizes[rank],
+        schedule.group_size,
+        own,
+        state.steps,
+        tuple(state.buffers),
+        tuple(state.unwritten(kind) for kind in state.sums),
+    )

@@ -1,0 +1,131 @@
+"""The context that a model's mixers see when a sequence is split: positions, and attention by a schedule.
+
+Mixers call ``ctx.attend`` and read ``ctx.positions``; they do not know whether, or how, the sequence is split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from longspan.attention.bands import tighten
+from longspan.attention.masks import Mask, from_bands
+from longspan.context.attend import compare, world_and_rank
+from longspan.context.build import Built, build, resolve
+from longspan.context.run import Bound, attend, bind, rebind
+from longspan.layout.tokens import Layout
+
+LayerKind = tuple[int, int, int | None]  # query heads, KV heads, window
+
+
+@lru_cache(maxsize=64)
+def windowed(mask: Mask, window: int) -> Mask:
+    """The mask cut to the ``window`` latest keys of each query, itself included (the convention of sliding_window)."""
+    if window < 1:
+        raise ValueError(f"a window must hold at least the token itself, got {window}")
+    bands = (tighten(band._replace(lo=max(band.lo, 1 - window))) for band in mask.bands)
+    return from_bands([band for band in bands if band is not None], mask.num_tokens)
+
+
+def build_layer(
+    mask: Mask, kind: LayerKind, world: int, rank: int, method: str = "auto", layout: Layout | str | None = None
+) -> Built:
+    """One rank's programs for a kind of attention layer, on the layout of the whole mask. Pure; for data workers."""
+    num_heads, num_kv_heads, window = kind
+    method, layout = resolve(mask, world, method, layout)
+    return build(
+        mask if window is None else windowed(mask, window),
+        world=world,
+        rank=rank,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        method=method,
+        layout=layout,
+    )
+
+
+class SequenceContext:
+    """One mask over the ranks of a group, for all layers of a model.
+
+    Args: ``positions`` are the position ids of the *global* sequence (int64 (s,)), by default 0, 1, ...; packed
+    documents restart them. ``method`` and ``layout`` as in ``attention``.
+
+    ``renew`` takes the next step's mask: handles stay the same, so compiled code does too.
+    """
+
+    def __init__(
+        self,
+        mask: Mask,
+        group: dist.ProcessGroup | None = None,
+        *,
+        method: str = "auto",
+        layout: Layout | str | None = None,
+        positions: np.ndarray | None = None,
+        device: torch.device | str = "cpu",
+        kernel: str = "auto",
+    ) -> None:
+        self.group, self.device, self.kernel = group, torch.device(device), kernel
+        self.world, self.rank = world_and_rank(group)
+        self._method, self._layout = method, layout
+        self._handles: dict[tuple[int, int, int | None, float | None, float | None], int] = {}
+        self.positions: Int[Tensor, " l"]
+        self.renew(mask, positions)
+
+    def renew(
+        self, mask: Mask, positions: np.ndarray | None = None, built: Mapping[LayerKind, Built] | None = None
+    ) -> None:
+        """Set the mask (and position ids) of the next sequence; ``built`` programs from a data worker are used.
+
+        Collective over the group: ranks compare their masks. The backward of what ran before must be over.
+        """
+        self.mask = mask
+        self.method, self.layout = resolve(mask, self.world, self._method, self._layout)
+        local = self.layout.positions(self.rank)
+        ids = local if positions is None else np.asarray(positions)[local]
+        self.positions = torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)).to(self.device)
+        self._built = built or {}
+        for key, handle in self._handles.items():
+            rebind(handle, self._build(key[:3]))
+
+    def local(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's tokens of a global tensor."""
+        return x.index_select(dim, torch.from_numpy(self.layout.positions(self.rank)).to(x.device))
+
+    def _build(self, kind: LayerKind) -> Built:
+        built = self._built.get(kind)
+        if built is None:
+            built = build_layer(self.mask, kind, self.world, self.rank, self.method, self.layout)
+        compare(built, self.group, self.device)
+        return built
+
+    def handle(
+        self, num_heads: int, num_kv_heads: int, window: int | None, scale: float | None, softcap: float | None
+    ) -> int:
+        """The handle of one kind of attention layer; made on first use. Collective then."""
+        key = (num_heads, num_kv_heads, window, scale, softcap)
+        if key not in self._handles:
+            built = self._build((num_heads, num_kv_heads, window))
+            group = self.group if self.world > 1 else None
+            self._handles[key] = bind(Bound(built, group, scale, softcap, self.kernel))
+        return self._handles[key]
+
+    def attend(
+        self,
+        q: Float[Tensor, "b l h d"],
+        k: Float[Tensor, "b l g d"],
+        v: Float[Tensor, "b l g d"],
+        *,
+        layer: int,
+        window: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> Float[Tensor, "b l h d"]:
+        """Attention of the local queries over the whole sequence."""
+        del layer  # the same mask for every layer with one window
+        return attend(q, k, v, self.handle(q.shape[2], k.shape[2], window, scale, softcap))

@@ -1,0 +1,197 @@
+"""The typed config of a decoder language model over parts, and its JSON form.
+
+A published architecture is a value of `DecoderConfig`, never a class. JSON keeps every field under its own name; an
+unknown or missing key is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from longspan.mixers.config import AttentionConfig, LinearScaling, Llama3Scaling, RotaryConfig, YarnScaling, require
+
+MlpKind = Literal["swiglu", "gelu", "gelu_tanh"]
+NormKind = Literal["rms", "layer"]
+Wiring = Literal["sequential", "parallel"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearnedPositionsConfig:
+    """A learned vector for each position below `max_positions` (GPT-2), added to the embedding."""
+
+    kind: Literal["learned"] = "learned"
+    max_positions: int = 1024
+
+    def __post_init__(self) -> None:
+        require(self.kind == "learned", "kind of LearnedPositionsConfig is 'learned'", self.kind, "leave it out")
+        require(
+            self.max_positions > 0, "max_positions must be positive", self.max_positions, "give the longest sequence"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MlpConfig:
+    """The channel mixer. swiglu: down(silu(gate x) * up x); gelu: exact, by erf; gelu_tanh: GPT-2's approximation."""
+
+    kind: MlpKind = "swiglu"
+    inner_size: int
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            self.kind in ("swiglu", "gelu", "gelu_tanh"),
+            "mlp kind must be swiglu, gelu or gelu_tanh",
+            self.kind,
+            "pick one of these",
+        )
+        require(self.inner_size > 0, "mlp inner_size must be positive", self.inner_size, "give at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NormConfig:
+    """rms: RMSNorm with a weight; layer: LayerNorm with weight and bias. Statistics in fp32 at least."""
+
+    kind: NormKind = "rms"
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        require(self.kind in ("rms", "layer"), "norm kind must be rms or layer", self.kind, "pick one of these")
+        require(self.eps > 0, "norm eps must be positive", self.eps, "1e-6 is usual")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderConfig:
+    """A decoder: embedding, `num_layers` pre-norm blocks of (attention, mlp), a last norm and a head.
+
+    Args:
+        wiring: sequential: x += attn(norm(x)); x += mlp(norm(x)). parallel: x += attn(n) + mlp(n), n = norm(x) (one
+            norm a block).
+        tie_embeddings: the head's weight is the embedding's.
+        windows: for each layer the number of keys a query sees, itself included, or None for all; empty: no layer has a
+            window.
+        init_std: standard deviation of freshly initialised weights; projections back into the residual stream get it /
+            sqrt(2 layers).
+    """
+
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    attention: AttentionConfig
+    mlp: MlpConfig
+    norm: NormConfig = field(default_factory=NormConfig)
+    positions: RotaryConfig | LearnedPositionsConfig = field(default_factory=RotaryConfig)
+    wiring: Wiring = "sequential"
+    tie_embeddings: bool = False
+    windows: tuple[int | None, ...] = ()
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "vocab_size"):
+            require(getattr(self, name) > 0, f"{name} must be positive", getattr(self, name), "give at least 1")
+        require(
+            self.wiring in ("sequential", "parallel"),
+            "wiring must be sequential or parallel",
+            self.wiring,
+            "pick one of these",
+        )
+        require(self.init_std > 0, "init_std must be positive", self.init_std, "0.02 is usual")
+        require(
+            len(self.windows) in (0, self.num_layers),
+            f"windows must be empty or have one entry for each of the {self.num_layers} layers",
+            self.windows,
+            "give None for a layer without a window",
+        )
+        require(
+            all(w is None or w > 0 for w in self.windows),
+            "a window must be positive or None",
+            self.windows,
+            "it counts the query itself",
+        )
+        if isinstance(self.positions, RotaryConfig):
+            require(
+                self.attention.head_dim % 2 == 0,
+                "rotary positions need an even head_dim",
+                self.attention.head_dim,
+                "change head_dim or use learned positions",
+            )
+
+    def window(self, layer: int) -> int | None:
+        """The window of one layer, None without."""
+        return self.windows[layer] if self.windows else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, ready for JSON."""
+        values = dataclasses.asdict(self)
+        values["windows"] = list(self.windows)
+        return values
+
+    def to_json(self) -> str:
+        """JSON text; `from_json` gives an equal config back."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> DecoderConfig:
+        """Inverse of `to_dict`. Raises ValueError on an unknown or missing key, naming it."""
+        values = dict(values)
+        for key, parts in _PARTS.items():
+            if key in values:
+                values[key] = _part(key, values[key], parts)
+        if "windows" in values:
+            values["windows"] = tuple(values["windows"])
+        return _make(DecoderConfig, "decoder config", values)
+
+    @staticmethod
+    def from_json(text: str) -> DecoderConfig:
+        """Inverse of `to_json`. Raises ValueError on text that is not JSON, and as `from_dict`."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a decoder config must be JSON, got an error at {error.pos}: {error.msg}") from None
+        require(
+            isinstance(values, dict),
+            "a decoder config must be a JSON object",
+            type(values).__name__,
+            "write it with to_json",
+        )
+        return DecoderConfig.from_dict(values)
+
+
+_PARTS: dict[str, dict[str | None, type]] = {
+    "attention": {None: AttentionConfig},
+    "mlp": {None: MlpConfig},
+    "norm": {None: NormConfig},
+    "positions": {"rotary": RotaryConfig, "learned": LearnedPositionsConfig},
+}
+_SCALINGS: dict[str | None, type] = {"linear": LinearScaling, "llama3": Llama3Scaling, "yarn": YarnScaling}
+
+
+def _part(name: str, value: Any, parts: dict[str | None, type]) -> Any:
+    """One nested part; where several types stand, its `kind` chooses."""
+    require(isinstance(value, dict), f"{name} must be a JSON object", value, "write it with to_json")
+    kind = None if None in parts else value.get("kind")
+    if kind not in parts:
+        raise ValueError(f"kind of {name} must be one of {sorted(map(str, parts))}, got {kind!r}: pick one of these")
+    value = dict(value)
+    if value.get("scaling") is not None:
+        value["scaling"] = _part("scaling", value["scaling"], _SCALINGS)
+    return _make(parts[kind], name, value)
+
+
+def _make(kind: type, where: str, values: dict[str, Any]) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
+            raise ValueError(f"{where} has no key {key!r}: {hint}")
+    for name, entry in fields.items():
+        if name not in values and entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where} lacks the key {name!r}: give it")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"{where} has a value of a wrong type, got {values!r}: {error}") from None

@@ -1,0 +1,78 @@
+"""Names of tensors: Hugging Face's to ours, both ways from one list.
+
+One stored tensor is one or several of our parameters joined along dim 0 (GPT-2 keeps q, k and v in one), transposed
+where the checkpoint keeps (in, out) matrices (GPT-2's Conv1D).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longspan.model.config import DecoderConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """A tensor of a checkpoint, and the parameters of ours that it holds."""
+
+    name: str
+    ours: tuple[str, ...]
+    transposed: bool = False
+
+    def shape(self, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """Its shape, from the shapes of our parameters."""
+        first = shapes[self.ours[0]]
+        joined = (sum(shapes[name][0] for name in self.ours), *first[1:])
+        return joined[::-1] if self.transposed else joined
+
+
+def _weights(theirs: str, ours: str, *, bias: bool) -> list[Stored]:
+    kinds = ("weight", "bias") if bias else ("weight",)
+    return [Stored(name=f"{theirs}.{kind}", ours=(f"{ours}.{kind}",)) for kind in kinds]
+
+
+def llama_names(config: DecoderConfig) -> list[Stored]:
+    """Names of Llama, Mistral and Qwen3."""
+    attention = config.attention
+    stored = _weights("model.embed_tokens", "embed", bias=False)
+    for i in range(config.num_layers):
+        theirs, ours = f"model.layers.{i}", f"blocks.{i}"
+        stored += _weights(f"{theirs}.input_layernorm", f"{ours}.norm_mixer", bias=False)
+        for name in ("q", "k", "v"):
+            stored += _weights(f"{theirs}.self_attn.{name}_proj", f"{ours}.mixer.{name}", bias=attention.qkv_bias)
+        stored += _weights(f"{theirs}.self_attn.o_proj", f"{ours}.mixer.out", bias=attention.out_bias)
+        if attention.qk_norm_eps is not None:
+            for name in ("q_norm", "k_norm"):
+                stored += _weights(f"{theirs}.self_attn.{name}", f"{ours}.mixer.{name}", bias=False)
+        stored += _weights(f"{theirs}.post_attention_layernorm", f"{ours}.norm_mlp", bias=False)
+        for name in ("gate", "up", "down"):
+            stored += _weights(f"{theirs}.mlp.{name}_proj", f"{ours}.mlp.{name}", bias=config.mlp.bias)
+    stored += _weights("model.norm", "norm", bias=False)
+    if not config.tie_embeddings:
+        stored += _weights("lm_head", "head", bias=False)
+    return stored
+
+
+def gpt2_names(config: DecoderConfig) -> list[Stored]:
+    """Names of GPT-2, whose linear layers are Conv1D: (in, out), with q, k and v in one."""
+
+    def conv1d(theirs: str, *ours: str) -> list[Stored]:
+        return [
+            Stored(name=f"{theirs}.weight", ours=tuple(f"{name}.weight" for name in ours), transposed=True),
+            Stored(name=f"{theirs}.bias", ours=tuple(f"{name}.bias" for name in ours)),
+        ]
+
+    stored = _weights("transformer.wte", "embed", bias=False)
+    stored += _weights("transformer.wpe", "embed_positions", bias=False)
+    for i in range(config.num_layers):
+        theirs, ours = f"transformer.h.{i}", f"blocks.{i}"
+        stored += _weights(f"{theirs}.ln_1", f"{ours}.norm_mixer", bias=True)
+        stored += conv1d(f"{theirs}.attn.c_attn", *(f"{ours}.mixer.{name}" for name in ("q", "k", "v")))
+        stored += conv1d(f"{theirs}.attn.c_proj", f"{ours}.mixer.out")
+        stored += _weights(f"{theirs}.ln_2", f"{ours}.norm_mlp", bias=True)
+        stored += conv1d(f"{theirs}.mlp.c_fc", f"{ours}.mlp.up")
+        stored += conv1d(f"{theirs}.mlp.c_proj", f"{ours}.mlp.down")
+    stored += _weights("transformer.ln_f", "norm", bias=True)
+    if not config.tie_embeddings:
+        stored += _weights("lm_head", "head", bias=False)
+    return stored

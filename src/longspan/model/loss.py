@@ -1,0 +1,167 @@
+"""Cross-entropy of a long sequence without ever holding its logits.
+
+The fp32 logits of s tokens over a vocabulary of V take 4·s·V bytes and their gradient as much again: for 131,072
+tokens and 128,256 words, 63 GiB each. Here the head runs on `chunk_tokens` rows at a time, and the gradients of states
+and head are formed in the same pass, while the probabilities of the chunk are still there; backward only scales them.
+
+With z = W·h, loss = Σ_rows log Σ_v exp z_v - z_label, so dz = softmax(z) - onehot(label), dh = dz·W, dW = dzᵀ·h. With a
+softcap c the logits are c·tanh(z/c) and dz gains the factor 1 - (logit/c)².
+
+Cost for n tokens: 2·n·V·dim FLOPs forward, 6·n·V·dim when gradients are wanted (nothing is computed twice). Memory: one
+chunk of logits (two with a softcap) and the gradients themselves, dW in fp32 and dh in the dtype of h. On a CPU, half
+precision adds one fp32 copy of W, because there a product of half-precision matrices cannot be had in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+IGNORED = -100
+
+
+def chunked_cross_entropy(
+    hidden: Float[Tensor, "b l dim"],
+    weight: Float[Tensor, "vocab dim"],
+    labels: Int64[Tensor, "b l"],
+    *,
+    chunk_tokens: int = 1024,
+    softcap: float | None = None,
+) -> tuple[Float[Tensor, ""], Int64[Tensor, ""]]:
+    """Summed cross-entropy of the logits `hidden · weightᵀ` against `labels`, and the number of labels counted.
+
+    Args:
+        hidden: states after the final norm.
+        weight: the head; it may need no gradient.
+        labels: the token to predict at each position; -100 = no label there.
+        chunk_tokens: rows whose logits exist at one time; the memory of the call is 4·chunk_tokens·vocab bytes.
+        softcap: logits become softcap·tanh(logits / softcap).
+
+    Returns:
+        The sum (not the mean) of the losses in nats, fp32 (fp64 for fp64 inputs), and the number of labels counted.
+
+    Raises:
+        ValueError: shapes that do not fit, labels that are not int64 or lie outside the vocabulary (checked on a CPU;
+            on a GPU the gather's own assertion stops the run), or an option out of its range.
+        RuntimeError: backward with create_graph=True, since the gradients here are constants to autograd.
+    """
+    _check(hidden, weight, labels, chunk_tokens, softcap)
+    want_grads = torch.is_grad_enabled()
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_tokens, softcap, want_grads)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, chunk_tokens, softcap, want_grads):
+        # needs_input_grad stays true under no_grad, hence the extra flag from outside.
+        want_hidden = want_grads and ctx.needs_input_grad[0]
+        want_weight = want_grads and ctx.needs_input_grad[1]
+        accumulate = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+        product = _Product(hidden, weight, accumulate)
+
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        targets = labels.reshape(-1)
+        sum_loss = torch.zeros((), dtype=accumulate, device=hidden.device)
+        dhidden = torch.empty_like(rows) if want_hidden else None
+        dweight = torch.zeros(weight.shape, dtype=accumulate, device=weight.device) if want_weight else None
+
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, rows.shape[0], chunk_tokens):
+                chunk = product.prepare(rows[start : start + chunk_tokens])
+                target = targets[start : start + chunk_tokens, None]
+                losses, dlogits = _chunk(
+                    product.mm(chunk, product.weight.t()), target, softcap, want_hidden or want_weight
+                )
+                sum_loss += losses.sum()
+                if dlogits is None:
+                    continue
+                dlogits = product.prepare(dlogits)
+                if dhidden is not None:
+                    dhidden[start : start + chunk_tokens] = product.mm(dlogits, product.weight)
+                if dweight is not None:
+                    dweight += product.mm(dlogits.t(), chunk)
+
+        ctx.save_for_backward(dhidden, dweight)
+        ctx.shape, ctx.weight_dtype = hidden.shape, weight.dtype
+        num_tokens = (labels != IGNORED).sum()
+        ctx.mark_non_differentiable(num_tokens)
+        return sum_loss, num_tokens
+
+    @staticmethod
+    def backward(ctx, *grads):
+        # Without this a second derivative would silently be zero: grad mode is on here only under create_graph=True.
+        if torch.is_grad_enabled():
+            raise RuntimeError("chunked_cross_entropy has no second derivative; drop create_graph=True")
+        grad, dhidden, dweight = grads[0], *ctx.saved_tensors
+        # Not in place: the graph may be kept and walked again.
+        if dhidden is not None:
+            dhidden = (dhidden * grad).to(dhidden.dtype).reshape(ctx.shape)
+        if dweight is not None:
+            dweight = (dweight * grad).to(ctx.weight_dtype)
+        return dhidden, dweight, None, None, None, None
+
+
+class _Product:
+    """Matrix products whose result is in the accumulation dtype, whatever the operands' dtype."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, accumulate: torch.dtype) -> None:
+        # cuBLAS multiplies half-precision operands into fp32; elsewhere the operands themselves are raised.
+        self.native = hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype != accumulate
+        self.operand = hidden.dtype if self.native else accumulate
+        self.accumulate = accumulate
+        self.weight = weight.to(self.operand)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        return x.to(self.operand)
+
+    def mm(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.mm(x, y, out_dtype=self.accumulate) if self.native else torch.mm(x, y)
+
+
+def _chunk(logits: Tensor, target: Tensor, softcap: float | None, want_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Loss per row, and the gradient of the summed loss by the logits before the softcap. Overwrites `logits`."""
+    slope = None
+    if softcap is not None:
+        squashed = logits.div_(softcap).tanh_()
+        slope = 1 - squashed.square() if want_grad else None
+        logits = squashed.mul_(softcap)
+    ignored = target == IGNORED
+    index = target.masked_fill(ignored, 0)
+    picked = logits.gather(1, index)
+    largest = logits.amax(1, keepdim=True)
+    probabilities = logits.sub_(largest).exp_()
+    total = probabilities.sum(1, keepdim=True)
+    losses = (total.log() + largest - picked).masked_fill_(ignored, 0)
+    if not want_grad:
+        return losses, None
+    dlogits = probabilities.div_(total)
+    dlogits.scatter_add_(1, index, torch.full_like(picked, -1))
+    if slope is not None:
+        dlogits.mul_(slope)
+    return losses, dlogits.masked_fill_(ignored, 0)
+
+
+def _check(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, softcap: float | None) -> None:
+    if hidden.ndim != 3 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"hidden must be (b, l, dim) and weight (vocab, dim) with one dim, got {tuple(hidden.shape)} and "
+            f"{tuple(weight.shape)}; pass the states after the final norm and the head's weight"
+        )
+    if labels.shape != hidden.shape[:2] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels must be int64 of shape {tuple(hidden.shape[:2])}, got {labels.dtype} of {tuple(labels.shape)}; "
+            f"use one label per token, {IGNORED} for none"
+        )
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}; 1024 is the default")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}; use None for no cap")
+    # A GPU would have to wait for this, and a traced or fake tensor has no values.
+    if labels.device.type == "cpu" and type(labels) is Tensor and not torch.compiler.is_compiling():
+        wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= weight.shape[0]))]
+        if wrong.numel():
+            raise ValueError(
+                f"labels must lie in 0..{weight.shape[0] - 1} or be {IGNORED}, got {wrong[0].item()}; "
+                "is the tokenizer's vocabulary larger than the model's?"
+            )

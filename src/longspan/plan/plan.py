@@ -1,0 +1,118 @@
+"""A plan is data: how a model's training is split over devices, written by a person or by a planner.
+
+Frozen, JSON-serialisable and edited by hand; trainer and server execute it. Axes other than data and context have
+their place in the form, and the trainer refuses them by name until it can run them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Shard = Literal["none", "zero2", "zero3"]
+Recompute = Literal["none", "full", "attention"]
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """How the devices share the work.
+
+    Args:
+        data: ranks that draw different rows.
+        context: ranks that share each sequence; 0 stands for all ranks that ``data`` leaves.
+        tensor, pipeline, expert: further axes, 1 for now.
+        shard: who holds parameters, gradients and optimiser state: "none" (every rank all of it), "zero2" (gradients
+            and optimiser state split over data x context), "zero3" (parameters too).
+        recompute: activation checkpointing: "none", "full" (each block), "attention" (each block but its attention,
+            whose output is kept: LightSeq).
+        method, layout: context-parallel method and token layout; "auto" chooses.
+        precision: of the computation; master weights and optimiser state are fp32.
+        mlp_tile: tokens that an MLP mixes at a time; 0 for all.
+    """
+
+    data: int = 1
+    context: int = 0
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    shard: Shard = "none"
+    recompute: Recompute = "none"
+    method: str = "auto"
+    layout: str = "auto"
+    precision: Precision = "fp32"
+    mlp_tile: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("data", "tensor", "pipeline", "expert"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"a plan's {name} must be at least 1, got {getattr(self, name)}; leave it out for 1")
+        for name in ("context", "mlp_tile"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"a plan's {name} must be 0 or more, got {getattr(self, name)}; leave it out")
+        for name, kind in (("shard", Shard), ("recompute", Recompute), ("precision", Precision)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"a plan's {name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}"
+                )
+
+    def fit(self, world: int) -> Plan:
+        """The plan with ``context`` resolved. Raises ValueError where it does not fit ``world`` ranks."""
+        fixed = self.data * self.tensor * self.pipeline * self.expert
+        context = self.context or max(1, world // fixed)
+        if fixed * context != world:
+            axes = f"data {self.data} x context {context}"
+            axes += "".join(
+                f" x {name} {getattr(self, name)}"
+                for name in ("tensor", "pipeline", "expert")
+                if getattr(self, name) > 1
+            )
+            raise ValueError(
+                f"a plan's axes must multiply to the number of ranks, got {axes} for {world} ranks; change the plan or "
+                f"start {fixed * context} ranks"
+            )
+        return dataclasses.replace(self, context=context)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @staticmethod
+    def from_dict(values: Any) -> Plan:
+        """Inverse of ``to_dict``. Raises ValueError on an unknown key, with the nearest known one."""
+        if not isinstance(values, dict):
+            raise ValueError(f"a plan must be a JSON object, got {type(values).__name__}; write it with to_json")
+        known = {item.name: item for item in dataclasses.fields(Plan)}
+        for key, value in values.items():
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                raise ValueError(
+                    f"unknown key {key!r} in a plan" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+                )
+            if type(value) is not type(known[key].default):
+                kind = type(known[key].default).__name__
+                raise ValueError(f"a plan's {key} must be {kind}, got {value!r} ({type(value).__name__})")
+        return Plan(**values)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Inverse of ``to_json``. Raises ValueError on text that is not JSON, and as ``from_dict``."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a plan must be JSON, got an error at character {error.pos}: {error.msg}") from None
+        return Plan.from_dict(values)
+
+    @staticmethod
+    def read(path: str | Path) -> Plan:
+        """The plan in a file. Raises ValueError naming the file."""
+        try:
+            return Plan.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, ValueError) as error:
+            raise ValueError(f"plan file {path}: {error}") from None

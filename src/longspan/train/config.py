@@ -1,0 +1,202 @@
+"""The whole configuration of a training run: one frozen dataclass, from which the command line is generated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from longspan.mixers.config import AttentionConfig, RotaryConfig
+from longspan.model.config import DecoderConfig, MlpConfig
+from longspan.plan.plan import Plan
+from longspan.train.data.batches import BatchPlan, Packing, warmup_plan
+from longspan.train.data.corpus import CorpusConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A decoder from scratch: RMSNorm, rotary positions, grouped attention with QK-norm, SwiGLU.
+
+    Args:
+        layers, width, heads: as usual; the head dim is width / heads.
+        kv_heads: KV heads; 0 for as many as heads.
+        inner: inner width of the MLP; 0 for 8/3 of the width, rounded up to a multiple of 32.
+        tie: the head shares the embedding's matrix.
+        config: a JSON file with a whole DecoderConfig, in place of the fields above.
+    """
+
+    layers: int = 2
+    width: int = 256
+    heads: int = 4
+    kv_heads: int = 0
+    inner: int = 0
+    tie: bool = True
+    rope_theta: float = 10000.0
+    config: Path | None = None
+
+    def decoder(self, vocab_size: int, max_length: int) -> DecoderConfig:
+        """The full config. Raises ValueError where the fields do not fit each other."""
+        if self.config is not None:
+            try:
+                found = DecoderConfig.from_json(self.config.read_text(encoding="utf-8"))
+            except OSError as error:
+                raise ValueError(f"model config {self.config} cannot be read: {error.strerror}") from None
+            if found.vocab_size < vocab_size:
+                raise ValueError(
+                    f"the model's vocabulary must hold the tokenizer's {vocab_size} tokens, got {found.vocab_size}"
+                )
+            return found
+        if min(self.layers, self.width, self.heads) < 1 or self.width % self.heads:
+            raise ValueError(
+                f"layers, width and heads must be positive and heads must divide width, got {self.layers}, {self.width} "
+                f"and {self.heads}; change --model.width or --model.heads"
+            )
+        return DecoderConfig(
+            num_layers=self.layers,
+            hidden_size=self.width,
+            vocab_size=vocab_size,
+            attention=AttentionConfig(
+                num_heads=self.heads,
+                head_dim=self.width // self.heads,
+                num_kv_heads=self.kv_heads or self.heads,
+                qk_norm_eps=1e-6,
+            ),
+            mlp=MlpConfig(inner_size=self.inner or 32 * math.ceil(self.width * 8 / 3 / 32)),
+            positions=RotaryConfig(theta=self.rope_theta, max_positions=max_length),
+            tie_embeddings=self.tie,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchConfig:
+    """How many tokens a step takes, in rows of which length.
+
+    Args:
+        steps: optimiser steps.
+        tokens: tokens of a step over all ranks; a multiple of every length.
+        length: tokens of a row (the sequence that context parallelism splits).
+        start_length: length warm-up: rows start this long and double up to ``length``; 0 for none.
+        warmup_fraction: part of the steps with rows shorter than ``length``.
+        packing: "stream": rows run over document ends under a causal mask; "documents": a token sees its own document.
+        micro_rows: most rows a rank computes at once; 0 for all.
+    """
+
+    steps: int = 100
+    tokens: int = 16384
+    length: int = 2048
+    start_length: int = 0
+    warmup_fraction: float = 0.5
+    packing: Packing = "stream"
+    micro_rows: int = 0
+
+    def plan(self) -> BatchPlan:
+        """The shapes of all steps. Raises ValueError where they do not fit."""
+        return warmup_plan(
+            steps=self.steps,
+            start_length=self.start_length or self.length,
+            length=self.length,
+            tokens=self.tokens,
+            fraction=self.warmup_fraction,
+            packing=self.packing,
+            micro_rows=self.micro_rows or None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW on fp32 master weights, and its learning rate over the steps.
+
+    Args:
+        schedule: after ``warmup`` steps of linear warm-up: "cosine" to ``final`` x lr, or "wsd" (constant, then linear
+            to ``final`` x lr over the last ``decay`` fraction of the steps).
+        clip: largest norm of the gradient over all parameters; 0 for no clipping.
+    """
+
+    lr: float = 3e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    warmup: int = 10
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    decay: float = 0.2
+    final: float = 0.1
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.eps <= 0 or self.weight_decay < 0 or self.clip < 0 or self.warmup < 0:
+            raise ValueError(f"lr and eps must be positive, weight_decay, clip and warmup 0 or more, got {self}")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and 0 < self.decay <= 1 and 0 <= self.final <= 1):
+            raise ValueError(f"beta1, beta2, final must lie in [0, 1) and decay in (0, 1], got {self}")
+
+    def rate(self, step: int, num_steps: int) -> float:
+        """Learning rate of a step (from 0)."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / (self.warmup + 1)
+        if self.schedule == "cosine":
+            done = (step - self.warmup) / max(1, num_steps - self.warmup)
+            return self.lr * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+        left = (num_steps - step) / max(1.0, self.decay * num_steps)
+        return self.lr * (self.final + (1 - self.final) * min(1.0, max(0.0, left)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Held-out evaluation.
+
+    Args:
+        contexts: lengths of context at which the same tokens are scored at the end.
+        tokens: number of scored tokens.
+        every: steps between evaluations during training, at the shortest context; 0 for the end only.
+    """
+
+    contexts: tuple[int, ...] = (512, 2048)
+    tokens: int = 16384
+    every: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One training run.
+
+    Args:
+        out: the run's folder: config, metrics, checkpoints, the exported model and the report.
+        init: a Hugging Face checkpoint to continue from, in place of ``model``.
+        tokenizer: "bytes", or a tokenizer.json.
+        plan_file: a plan in JSON, in place of ``plan``.
+        save_every: steps between checkpoints; 0 for one at the end.
+        keep: checkpoints that stay.
+        resume: "latest", or "step_000100", or None to start.
+        prompt: of the completion sampled at the end; empty for none.
+        limit_s: training stops (and evaluates) after so many seconds; 0 for no limit.
+        timeout_s: a collective that takes longer fails, and the silent rank is named.
+    """
+
+    out: Path = Path("runs/train")
+    data: CorpusConfig = field(default_factory=CorpusConfig)
+    tokenizer: str = "bytes"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    init: Path | None = None
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    plan: Plan = field(default_factory=Plan)
+    plan_file: Path | None = None
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    seed: int = 0
+    save_every: int = 0
+    keep: int = 2
+    resume: str | None = None
+    prompt: str = "def "
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    limit_s: float = 0.0
+    timeout_s: float = 120.0
+    data_workers: Annotated[Literal[0, 1], tyro.conf.arg(help="1: batches are drawn in a process of their own.")] = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for config.json and the report."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))

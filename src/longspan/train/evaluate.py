@@ -1,0 +1,57 @@
+"""Held-out loss of a model that may be sharded, on sequences that may be split."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.attention import masks
+from longspan.context.sequence import SequenceContext
+from longspan.layout.mesh import Mesh
+from longspan.model.decoder import DecoderLM
+from longspan.plan.plan import Plan
+from longspan.train.data.batches import NO_LABEL
+from longspan.train.data.evaluation import HeldOutWindows
+
+_TOKENS_AT_ONCE = 16384
+
+
+def make_context(num_tokens: int, plan: Plan, mesh: Mesh, device: torch.device) -> SequenceContext:
+    """A causal context of one length for a plan."""
+    layout = None if plan.layout == "auto" else plan.layout
+    return SequenceContext(
+        masks.causal(num_tokens), mesh.context_group, method=plan.method, layout=layout, device=device
+    )
+
+
+def reduce_sums(values: list[float]) -> list[float]:
+    """Sums over all ranks, in float64."""
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+@torch.no_grad()
+def total_nats(
+    model: DecoderLM, windows: HeldOutWindows, plan: Plan, mesh: Mesh, device: torch.device
+) -> tuple[float, int]:
+    """(sum of losses in nats, number of labels) of held-out windows, over all ranks. Collective."""
+    num_windows, context = windows.tokens.shape
+    at_once = max(1, _TOKENS_AT_ONCE // context)
+    ctx = make_context(context, plan, mesh, device)
+    nats, labels = 0.0, 0
+    step = at_once * mesh.data_size
+    for first in range(0, num_windows, step):
+        start = first + mesh.data_rank * at_once
+        rows = windows.tokens[start : start + at_once], windows.labels[start : start + at_once]
+        if not len(rows[0]):  # every rank must run the model: collectives wait for all
+            rows = windows.tokens[:1], torch.full_like(windows.labels[:1], NO_LABEL)
+        loss, count = model.loss(_local(rows[0], ctx, device), _local(rows[1], ctx, device), ctx)
+        nats, labels = nats + float(loss), labels + int(count)
+    total, number = reduce_sums([nats, float(labels)])
+    return total, int(number)
+
+
+def _local(x: Tensor, ctx: SequenceContext, device: torch.device) -> Tensor:
+    return ctx.local(x).to(device)

@@ -1,0 +1,169 @@
+"""The end of a run: baselines on the same bytes, the exported model, a sampled completion, the report."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from longspan import __version__
+from longspan.attention import masks
+from longspan.context.build import checked_schedule, resolve
+from longspan.context.geometry import Geometry
+from longspan.context.schedule import Sizes
+from longspan.context.timeline import timeline
+from longspan.hardware.devices import devices
+from longspan.model.generate import generate
+from longspan.model.huggingface import load_pretrained, save_pretrained
+from longspan.train.data.evaluation import Bigram, corpus_bytes, scored_bytes, zlib_bits_per_byte
+from longspan.train.data.tokenizers import save_tokenizer
+from longspan.train.metrics import read_metrics
+from longspan.train.report import ReportData, write_report
+
+if TYPE_CHECKING:
+    from longspan.train.loop import Trainer
+    from longspan.train.session import Setting
+
+_SAMPLE_TOKENS = 240
+_TIMELINE_WORLD = 16  # more ranks than this are not drawn
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a finished run measured."""
+
+    steps: int
+    elapsed_s: float
+    headline: list[dict[str, Any]]
+    peak_bytes: list[int]
+    stop_reason: str
+
+
+def finish(setting: Setting, trainer: Trainer, outcome: Outcome) -> Path | None:
+    """Export the model (collective), then, on rank 0, sample from it, print the result and write the report."""
+    out, rank = setting.config.out, dist.get_rank()
+    folder = out / "model"
+    if rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    dist.barrier()
+    save_pretrained(trainer.model, folder)
+    if rank != 0:
+        return None
+    save_tokenizer(setting.tokenizer, folder)
+    completion = sample(setting, folder, trainer.device)
+    headline = baselines(setting, outcome.headline)
+    report = write_report(out / "report.html", _report(setting, trainer, outcome, headline, completion))
+    for line in summary(headline, outcome, completion, setting.config.prompt):
+        print(line)
+    print(f"model   {folder}")
+    print(f"report  {report}")
+    return report
+
+
+def baselines(setting: Setting, headline: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The model's figures with a byte bigram's and zlib's on the same bytes."""
+    if not headline:
+        return []
+    data = scored_bytes(next(iter(setting.windows.values())), setting.tokenizer)
+    bigram = Bigram.fit(corpus_bytes(setting.train, setting.tokenizer)).bits_per_byte(data)
+    zlib = zlib_bits_per_byte(data)
+    return [{**row, "bigram": bigram, "zlib": zlib} for row in headline]
+
+
+def sample(setting: Setting, folder: Path, device: torch.device) -> str:
+    """A completion of the configured prompt by the exported model, read back from disk."""
+    if not setting.config.prompt:
+        return ""
+    model = load_pretrained(folder, device=device)
+    prompt = torch.from_numpy(setting.tokenizer.encode(setting.config.prompt))[None]
+    stop = {setting.tokenizer.separator_id}
+    steps = generate(
+        model, prompt, max_new_tokens=_SAMPLE_TOKENS, temperature=0.8, top_p=0.95, seed=setting.config.seed, stop_ids=stop
+    )
+    ids = [step[0] for step in steps]
+    return setting.tokenizer.decode([token for token in ids if token not in stop])
+
+
+def summary(headline: list[dict[str, Any]], outcome: Outcome, completion: str, prompt: str) -> list[str]:
+    """The result in words for the terminal: wins and losses."""
+    lines = [f"trained {outcome.steps} steps in {outcome.elapsed_s:.0f} s"]
+    for row in headline:
+        lines.append(
+            f"held-out bits per byte at context {row['context']:>6,}: model {row['model']:.3f}   byte bigram "
+            f"{row['bigram']:.3f}   zlib -9 {row['zlib']:.3f}"
+        )
+    if headline:
+        best = min(row["model"] for row in headline)
+        other = headline[0]
+        against = "beats" if best < other["bigram"] else "does not beat"
+        honest = "beats zlib too" if best < other["zlib"] else "zlib is still better"
+        lines.append(f"the model {against} the bigram; {honest}")
+    if prompt:
+        lines += ["sample  " + (prompt + completion).replace("\n", "\n        ")]
+    return lines
+
+
+def _report(
+    setting: Setting, trainer: Trainer, outcome: Outcome, headline: list[dict[str, Any]], completion: str
+) -> ReportData:
+    config, plan = setting.config, setting.plan
+    records = read_metrics(config.out / "metrics.jsonl")
+    length = setting.batches.max_length
+    mask = masks.causal(length)
+    method, layout = resolve(mask, plan.context, plan.method, None if plan.layout == "auto" else plan.layout)
+    attention = setting.decoder.attention
+    rows: list[dict[str, Any]] = []
+    if plan.context <= _TIMELINE_WORLD:
+        schedule = checked_schedule(mask, layout, method, attention.num_heads, attention.kv_heads)
+        sizes = Sizes(head_dim=attention.head_dim, inputs=2 if plan.precision == "bf16" else 4)
+        rows = timeline(schedule.forward, Geometry(mask, layout), sizes)
+    geometry = Geometry(mask, layout)
+    ranks = [
+        {
+            "rank": rank,
+            "device": trainer.device.type,
+            "tokens": layout.local_sizes[rank % plan.context],
+            "mask_area": geometry.area((layout.owned(rank % plan.context),), ((0, length),)),
+            "memory_bytes": peak,
+        }
+        for rank, peak in enumerate(outcome.peak_bytes)
+    ]
+    ownership = [
+        [(s.start, s.start + (s.count - 1) * s.step + 1, s.step) for s in segments if s.count]
+        for segments in layout.ranks
+    ]
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    notes = [f"stopped early: {outcome.stop_reason}"] if outcome.stop_reason else []
+    return ReportData(
+        title=f"longspan: {config.out.name}",
+        summary=(
+            f"{parameters:,} parameters, {outcome.steps} steps in {outcome.elapsed_s:.0f} s on {dist.get_world_size()} "
+            f"ranks (data {plan.data} × context {plan.context}), sequences up to {length:,} tokens."
+        ),
+        headline=headline,
+        steps=[r for r in records if r["kind"] == "step"],
+        evals=[r for r in records if r["kind"] == "eval"],
+        events=[r for r in records if r["kind"] == "event"],
+        ranks=ranks,
+        num_tokens=length,
+        ownership=ownership,
+        layout=layout.name,
+        timeline=rows,
+        time_unit="rounds of the busiest block",
+        schedule=f"{method}, forward",
+        prompt=config.prompt,
+        completion=completion,
+        config={"train": config.to_dict(), "model": setting.decoder.to_dict()},
+        plan=plan.to_dict(),
+        hardware={device.name: device.kind for device in devices()},
+        versions={"longspan": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        command=setting.command or " ".join(sys.argv),
+        metrics_file=str(config.out / "metrics.jsonl"),
+        notes=notes,
+    )

@@ -1,0 +1,170 @@
+"""What the CUDA kernels hand to their libraries, with the libraries written out densely on CPU.
+
+The stand-ins for aten's operators follow their documented meaning: flash attention's window is aligned to the bottom
+right corner, cuDNN's causal mask to the top left; both backwards compute delta from ``out`` and take lse as it comes.
+The real operators are tested in ``tests/gpu``.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch import Tensor
+
+from longspan.attention import masks
+from longspan.attention.bands import dense
+from longspan.attention.kernels import cudnn, flex
+from longspan.attention.kernels.cuda_flash import CudaFlash
+from longspan.attention.kernels.cudnn import Cudnn
+from longspan.attention.kernels.flex import BLOCK, GROUP, block_table, element_mask, local_cotangents
+from longspan.attention.kernels.reference import Reference
+from tests.attention.kernels.blocks import MASKS, RANGES, block, errors, oracle, run, tensors
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(b h l d) -> out, lse."""
+    share = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~allowed, -torch.inf)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+def gradients(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, allowed: Tensor, scale: float):
+    share, g = q.shape[1] // k.shape[1], k.shape[1]
+    keys, values = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+    p = torch.exp((q @ keys.transpose(-1, -2) * scale).masked_fill(~allowed, -torch.inf) - lse.unsqueeze(-1))
+    ds = p * (dout @ values.transpose(-1, -2) - (dout * out).sum(-1, keepdim=True)) * scale
+    dk, dv = ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ dout
+    return ds @ keys, dk.unflatten(1, (g, -1)).sum(2), dv.unflatten(1, (g, -1)).sum(2)
+
+
+def corner_window(num_q: int, num_k: int, left: int, right: int) -> Tensor:
+    i, j = torch.arange(num_q)[:, None], torch.arange(num_k)[None, :]
+    corner = num_k - num_q
+    return ((left < 0) | (j - i >= corner - left)) & ((right < 0) | (j - i <= corner + right))
+
+
+def flash_forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *,
+                  scale=None, window_size_left=None, window_size_right=None):  # fmt: skip
+    assert cum_seq_q is None and cum_seq_k is None and dropout_p == 0 and not is_causal and not return_debug_mask
+    assert (max_q, max_k) == (query.shape[1], key.shape[1]) and {x.stride(-1) for x in (query, key, value)} == {1}
+    allowed = corner_window(max_q, max_k, window_size_left, window_size_right)
+    assert allowed.any(1).all() and allowed.any(0).all()
+    out, lse = attend(*(x.transpose(1, 2) for x in (query, key, value)), allowed, scale)
+    return out.transpose(1, 2), torch.nn.functional.pad(lse, (0, 5), value=torch.nan), None, None, None
+
+
+def flash_backward(grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p,
+                   is_causal, rng_state, unused, *, scale=None, window_size_left=None, window_size_right=None):  # fmt: skip
+    assert cum_seq_q is None and cum_seq_k is None and dropout_p == 0 and not is_causal
+    assert (max_q, max_k) == (query.shape[1], key.shape[1])
+    assert logsumexp.is_contiguous() and grad_out.is_contiguous() and out.is_contiguous()
+    assert isinstance(rng_state, Tensor) and isinstance(unused, Tensor)
+    allowed = corner_window(max_q, max_k, window_size_left, window_size_right)
+    heads_first = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
+    return tuple(x.transpose(1, 2) for x in gradients(*heads_first, logsumexp, allowed, scale))
+
+
+def cudnn_forward(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False,
+                  return_debug_mask=False, *, scale=None):  # fmt: skip
+    assert attn_bias is None and compute_log_sumexp and dropout_p == 0 and not return_debug_mask
+    allowed = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
+    out, lse = attend(query, key, value, allowed.tril() if is_causal else allowed, scale)
+    return out, lse.unsqueeze(-1), None, None, 0, 0, None, None, None
+
+
+def cudnn_backward(grad_out, query, key, value, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q,
+                   cum_seq_k, max_q, max_k, dropout_p, is_causal, *, scale=None):  # fmt: skip
+    assert attn_bias is None and cum_seq_q is None and cum_seq_k is None and dropout_p == 0
+    assert (max_q, max_k) == (query.shape[2], key.shape[2]) and grad_out.stride() == out.stride()
+    assert logsumexp.shape == (*query.shape[:3], 1) and isinstance(philox_seed, Tensor)
+    allowed = torch.ones(max_q, max_k, dtype=torch.bool)
+    return gradients(
+        grad_out, query, key, value, out, logsumexp.squeeze(-1), allowed.tril() if is_causal else allowed, scale
+    )
+
+
+FAKES = {
+    "_flash_attention_forward": flash_forward,
+    "_flash_attention_backward": flash_backward,
+    "_scaled_dot_product_cudnn_attention": cudnn_forward,
+    "_scaled_dot_product_cudnn_attention_backward": cudnn_backward,
+}
+
+
+@pytest.mark.parametrize("kernel", [CudaFlash, Cudnn])
+@pytest.mark.parametrize("mask", MASKS)
+def test_calls_and_their_sums_are_exact(kernel, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, fake in FAKES.items():
+        monkeypatch.setattr(torch.ops.aten, name, fake)
+    monkeypatch.setattr(kernel, "supports", lambda *args, **kwargs: None)
+    monkeypatch.setattr(cudnn, "MIN_SQUARE", 3)
+    for ranges in RANGES:
+        bands, num_q, num_k = block(mask, ranges)
+        inputs = tensors(num_q, num_k, 4, 2, dtype=torch.float32)
+        truth = oracle(*inputs, bands, scale=0.3)
+        assert max(errors(run(kernel(), *inputs, bands, truth, scale=0.3), truth).values()) < 1e-5
+
+
+@pytest.mark.parametrize("name", FAKES)
+def test_stand_ins_have_the_parameters_of_this_torch(name: str) -> None:
+    real = [argument.name for argument in getattr(torch.ops.aten, name).default._schema.arguments]
+    mine = list(inspect.signature(FAKES[name]).parameters)
+    positional = [n for n, p in inspect.signature(FAKES[name]).parameters.items() if p.kind == p.POSITIONAL_OR_KEYWORD]
+    assert real[: len(positional)] == positional and set(mine) <= set(real)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_flex_blocks_and_elements(mask: str) -> None:
+    bands = MASKS[mask].bands[:GROUP]
+    table = torch.tensor([*bands, *[flex._NOTHING] * (GROUP - len(bands))], dtype=torch.int32)
+    q, k = torch.arange(37)[:, None], torch.arange(37)[None, :]
+    none = torch.zeros(1)
+    assert torch.equal(element_mask(table)(none, none, q, k), torch.from_numpy(dense(bands, 37, 37)))
+    scaled = tuple(type(b)(*(x * 12 for x in b[:4]), b.lo * 12, b.hi * 12) for b in bands)
+    partial, filled = block_table(scaled, 444, 440)
+    assert partial.shape == (4, 4)
+    allowed = torch.zeros(512, 512, dtype=torch.bool)
+    allowed[:444, :444] = torch.from_numpy(dense(scaled, 444, 444))
+    allowed[:, 440:] = False
+    cells = allowed.reshape(4, BLOCK, 4, BLOCK).transpose(1, 2).flatten(2)
+    assert ((torch.from_numpy(partial | filled)) == cells.any(-1)).all()
+    assert (cells.all(-1) | ~torch.from_numpy(filled)).all()
+
+
+def test_flex_fills_whole_blocks() -> None:
+    partial, filled = block_table(masks.causal(512).bands, 512, 512)
+    assert partial.sum() == 4 and filled.sum() == 6
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_flex_gradient_of_the_whole_row_from_local_results(softcap: float | None) -> None:
+    bands, num_q, num_k = block("documents", "square")
+    q, k, v, dout = tensors(num_q, num_k, 2, 2)
+    truth = oracle(q, k, v, dout, bands, scale=0.3, softcap=softcap)
+    lse, delta = torch.from_numpy(truth.lse), torch.from_numpy(truth.delta)
+    allowed = torch.from_numpy(dense(bands, num_q, num_k))
+    sums = [torch.zeros_like(x) for x in (q, k, v)]
+    for keys in (slice(0, 9), slice(9, 37)):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        scores = torch.einsum("bqhd,bkhd->bhqk", leaves[0], leaves[1][:, keys]) * 0.3
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        weights = torch.exp(scores) * allowed[:, keys]
+        total = weights.sum(-1)
+        some = total > 0
+        local_lse = torch.where(some, total.clamp_min(1e-30).log(), -torch.inf)
+        out = torch.einsum("bhqk,bkhd->bqhd", weights / total.clamp_min(1e-30).unsqueeze(-1), leaves[2][:, keys])
+        through_out, through_lse = local_cotangents(dout, out, local_lse, lse, delta)
+        assert (through_lse[~some] == 0).all()
+        finite = local_lse.masked_fill(~some, 0)
+        for x, new in zip(sums, torch.autograd.grad((out, finite), leaves, (through_out, through_lse)), strict=True):
+            x += new
+    for x, y in zip(sums, (truth.dq, truth.dk, truth.dv), strict=True):
+        torch.testing.assert_close(x, torch.from_numpy(y), rtol=0, atol=2e-6)  # the cotangents are float32
+
+
+def test_reference_takes_what_the_others_do_not() -> None:
+    q = torch.zeros(1, 2, 1, 3, dtype=torch.float64)
+    assert Reference().supports(q, q, q, softcap=1.0) is None

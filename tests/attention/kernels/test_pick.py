@@ -1,0 +1,45 @@
+"""The choice of a kernel: by name, by device, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from longspan.attention import kernels
+from longspan.attention.kernels import KERNELS, pick
+
+Q = torch.zeros(1, 3, 2, 16)
+
+
+def test_names_are_the_kernels_own() -> None:
+    assert {name: make().name for name, make in KERNELS.items()} == {name: name for name in KERNELS}
+    assert pick(Q, softcap=None, name="reference").name == "reference"
+
+
+def test_auto_on_cpu_says_once_what_it_chose_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    kernels._say_once.cache_clear()
+    with caplog.at_level(logging.INFO):
+        assert pick(Q, softcap=None).name == pick(Q.double(), softcap=None).name == "cpu_flash"
+    assert len(caplog.records) == 1
+    assert "cpu_flash" in caplog.text and "not cudnn (it takes CUDA tensors, not cpu)" in caplog.text
+    assert pick(Q, softcap=30.0).name == "reference"
+
+
+def test_refusals_are_one_line() -> None:
+    k = torch.zeros(1, 3, 3, 16)
+    options = {"scale": 1.0, "softcap": None}
+    for make, rule in (
+        (lambda: pick(Q, softcap=None, name="fa9"), "unknown attention kernel 'fa9'; known are auto, cudnn"),
+        (lambda: pick(Q, softcap=None, name="flex"), "no backward on cpu"),
+        (lambda: pick(Q, softcap=2.0, name="cpu_flash"), "no softcap"),
+        (lambda: KERNELS["cpu_flash"]().forward(Q, Q, Q, (), scale=1.0, softcap=2.0), "no softcap"),
+        (lambda: KERNELS["cudnn"]().forward(Q, Q, Q, (), **options), "takes CUDA tensors, not cpu"),
+        (lambda: KERNELS["reference"]().forward(Q, k, k, (), **options), "multiple of KV heads"),
+        (lambda: KERNELS["reference"]().forward(Q, Q[..., :8], Q[..., :8], (), **options), "attention takes q"),
+        (lambda: KERNELS["reference"]().forward(Q, Q.half(), Q, (), **options), "one dtype"),
+    ):
+        with pytest.raises(ValueError, match=rule) as error:
+            make()
+        assert "\n" not in str(error.value)

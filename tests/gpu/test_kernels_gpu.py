@@ -1,0 +1,120 @@
+"""Kernels on a CUDA device against the dense formula in float64. Run: pytest -m gpu tests/gpu."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from longspan.attention import masks
+from longspan.attention.bands import cut, shift
+from longspan.attention.kernels import KERNELS, pick
+from longspan.attention.kernels.contract import row_sums
+from longspan.attention.merge import merge
+from tests.attention.kernels.blocks import MASKS, RANGES, block, errors, oracle, plain_errors, run, tensors
+
+pytestmark = pytest.mark.gpu
+
+CUDA = ["cudnn", "cuda_flash", "flex"]
+# Large enough for full, causal and window calls of cuDNN's plan, on odd sizes.
+LARGE = {
+    "causal": masks.causal(1031),
+    "documents": masks.documents([300, 1, 17, 713]),
+    "window": masks.sliding_window(1031, 200, 0),
+    "window_both": masks.sliding_window(1031, 130, 61),
+    "prefix": masks.prefix_lm(1031, 400),
+}
+
+
+def limit(plain: float) -> float:
+    return 2 * plain if plain > 1e-12 else 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CUDA)
+@pytest.mark.parametrize("mask", MASKS)
+def test_small_blocks(name: str, mask: str, dtype: torch.dtype) -> None:
+    for ranges in RANGES:
+        bands, num_q, num_k = block(mask, ranges)
+        for h, g in ((4, 4), (4, 2), (4, 1)):
+            compare(name, tensors(num_q, num_k, h, g, d=64, b=4, dtype=dtype, device="cuda"), bands)
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("name", CUDA)
+@pytest.mark.parametrize("mask", LARGE)
+def test_large_blocks(name: str, mask: str, d: int) -> None:
+    for q, k in (((0, 1031), (0, 1031)), ((515, 1031), (100, 900))):
+        bands = shift(cut(LARGE[mask].bands, q, k), -q[0], -k[0])
+        inputs = tensors(q[1] - q[0], k[1] - k[0], 4, 2, d=d, b=1, dtype=torch.bfloat16, device="cuda")
+        compare(name, inputs, bands)
+
+
+def compare(name: str, inputs: list[torch.Tensor], bands) -> None:
+    scale = inputs[0].shape[-1] ** -0.5
+    truth = oracle(*inputs, bands, scale=scale)
+    found = errors(run(KERNELS[name](), *inputs, bands, truth, scale=scale), truth)
+    allowed = plain_errors(*inputs, bands, truth, scale=scale)
+    for what in ("out", "dq", "dk", "dv"):
+        assert found[what] <= limit(allowed[what]), what
+    assert found["lse"] < 1e-4
+
+
+@pytest.mark.parametrize("name", CUDA)
+@pytest.mark.parametrize("mask", ["causal", "documents", "window_both"])
+def test_blocks_of_keys_add_up_to_the_whole(name: str, mask: str) -> None:
+    kernel, bands, num = KERNELS[name](), LARGE[mask].bands, 1031
+    q, k, v, dout = tensors(num, num, 4, 2, d=64, b=1, dtype=torch.bfloat16, device="cuda")
+    truth = oracle(q, k, v, dout, bands, scale=0.125)
+    edges = [0, 300, 310, num]
+    parts = [(slice(a, b), shift(cut(bands, (0, num), (a, b)), 0, -a)) for a, b in pairwise(edges)]
+    out, lse = merge(kernel.forward(q, k[:, s], v[:, s], local, scale=0.125, softcap=None) for s, local in parts)
+    delta = row_sums(dout, out)
+    dq, dk, dv = torch.zeros_like(out), [], []
+    for s, local in parts:
+        grads = kernel.backward(dout, q, k[:, s], v[:, s], lse, delta, local, scale=0.125, softcap=None)
+        dq += grads[0]
+        dk.append(grads[1])
+        dv.append(grads[2])
+    got = {"out": out, "lse": lse, "dq": dq, "dk": torch.cat(dk, 1), "dv": torch.cat(dv, 1)}
+    found = errors({what: x.double().cpu().numpy() for what, x in got.items()}, truth)
+    allowed = plain_errors(q, k, v, dout, bands, truth, scale=0.125)
+    for what in ("out", "dq", "dk", "dv"):
+        assert found[what] <= limit(allowed[what]), what
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("mask", ["causal", "window", "global_window"])
+def test_flex_in_float32_and_inside_a_custom_op(mask: str, softcap: float | None) -> None:
+    bands, num_q, num_k = block(mask, "square")
+    inputs = tensors(num_q, num_k, 4, 2, d=32, dtype=torch.float32, device="cuda")
+    truth = oracle(*inputs, bands, scale=0.3, softcap=softcap)
+    kernel = pick(inputs[0], softcap=softcap)
+    assert kernel.name == "flex"
+    found = errors(run(kernel, *inputs, bands, truth, scale=0.3, softcap=softcap), truth)
+    assert max(found.values()) < 1e-4
+    rows = [torch.from_numpy(x).to("cuda", torch.float32) for x in (truth.lse, truth.delta)]
+
+    @torch.library.custom_op("longspan_test::flex_backward", mutates_args=())
+    def backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
+        return kernel.backward(dout, q, k, v, *rows, bands, scale=0.3, softcap=softcap)[0]
+
+    torch.testing.assert_close(backward(*inputs).double().cpu(), torch.from_numpy(truth.dq), rtol=0, atol=1e-3)
+
+
+def test_the_choice_on_cuda() -> None:
+    q = torch.zeros(1, 8, 2, 64, dtype=torch.bfloat16, device="cuda")
+    first = "cudnn" if torch.cuda.get_device_capability() >= (9, 0) else "cuda_flash"
+    assert pick(q, softcap=None).name == first
+    assert pick(q.repeat(1, 1, 1, 4), softcap=None).name == "cuda_flash"
+    assert pick(q, softcap=30.0).name == "flex"
+    assert pick(q.float(), softcap=None).name == "flex"
+    assert pick(q.double(), softcap=None).name == "reference"
+
+
+def test_reference_runs_on_the_device() -> None:
+    bands, num_q, num_k = block("odd", "square")
+    inputs = tensors(num_q, num_k, 4, 2, device="cuda")
+    truth = oracle(*inputs, bands, scale=0.3)
+    assert max(errors(run(KERNELS["reference"](), *inputs, bands, truth, scale=0.3), truth).values()) < 1e-12

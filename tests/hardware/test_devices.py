@@ -1,0 +1,110 @@
+"""What the machine has, read where it can be checked: sizes against psutil, peaks against memory really used."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from longspan.hardware import devices as module
+from longspan.hardware.devices import (
+    default_device,
+    devices,
+    links,
+    peak_memory_bytes,
+    reset_peak_memory,
+    versions,
+)
+
+MIB = 2**20
+
+
+def test_the_cpu_comes_first() -> None:
+    cpu, *others = devices()
+    assert (cpu.kind, cpu.index, cpu.device) == ("cpu", 0, torch.device("cpu"))
+    assert cpu.name and 0 < cpu.memory_bytes <= psutil.virtual_memory().total
+    assert cpu.num_cores is not None and 1 <= cpu.num_cores <= (os.cpu_count() or 1)
+    assert cpu.backends == ("gloo",)
+    assert len(others) == torch.cuda.device_count() and all(device.kind == "cuda" for device in others)
+    assert f"{cpu.num_cores} cores" in str(cpu)
+
+
+def test_a_container_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(module, "_CGROUP_LIMITS", (limit, tmp_path / "absent"))
+    whole = psutil.virtual_memory().total
+    for text, expected in (("123456789\n", 123456789), ("max\n", whole), (str(2**63 - 4096), whole)):
+        limit.write_text(text)
+        assert devices()[0].memory_bytes == expected
+
+
+def _two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(name="Card", total_memory=80 * 2**30, multi_processor_count=132, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: one < other)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+
+
+def test_cuda_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    _two_cards(monkeypatch)
+    _, first, second = devices()
+    assert (first.device, second.device) == (torch.device("cuda:0"), torch.device("cuda:1"))
+    assert first.backends == ("nccl", "gloo") and first.compute_capability == (9, 0) and first.num_sms == 132
+    assert str(first) == "Card, 132 SMs, compute capability 9.0, 80.0 GiB"
+    assert [link.name for link in links() if link.kind == "peer"] == ["cuda:0 -> cuda:1"]
+
+
+def test_ranks_take_cards_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    _two_cards(monkeypatch)
+    assert [default_device(rank) for rank in range(3)] == [torch.device("cuda", i) for i in (0, 1, 0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert default_device(1) == torch.device("cpu")
+    with pytest.raises(ValueError, match="counts from 0, got -1"):
+        default_device(-1)
+
+
+def test_the_peak_is_of_memory_that_was_used() -> None:
+    if not reset_peak_memory("cpu"):
+        pytest.skip("this system does not reset the peak")
+    before = peak_memory_bytes("cpu")
+    used = bytearray(b"x") * (64 * MIB)
+    del used
+    high = peak_memory_bytes("cpu")
+    assert 60 * MIB < high - before < 100 * MIB
+    assert reset_peak_memory("cpu")
+    assert peak_memory_bytes("cpu") < high - 32 * MIB
+
+
+def test_without_proc_the_peak_is_the_kernels_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = psutil.Process().memory_info().rss
+    monkeypatch.setattr(module, "_STATUS", tmp_path / "absent")
+    assert real * 0.9 < peak_memory_bytes("cpu") < real + 64 * 2**30
+    assert not reset_peak_memory("cpu")
+
+
+def test_links_are_up() -> None:
+    stats = psutil.net_if_stats()
+    found = [link for link in links() if link.kind != "peer"]
+    assert {link.name for link in found} == {name for name, state in stats.items() if state.isup}
+    assert all(link.bytes_per_s is None or link.bytes_per_s > 0 for link in found)
+
+
+def test_speed_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = SimpleNamespace(isup=True, speed=25_000, flags="up,running")
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: {"eth0": state})
+    (link,) = [link for link in links() if link.kind != "peer"]
+    assert link.bytes_per_s == 25e9 / 8 and str(link) == "eth0 (network, 25 Gbit/s)"
+
+
+def test_versions_say_what_is_missing() -> None:
+    found = versions()
+    assert found["torch"] == torch.__version__ and found["gloo"] == "available"
+    if not torch.distributed.is_nccl_available():
+        assert found["nccl"] == "not in this build of torch"
+    assert all(found.values())

@@ -1,0 +1,56 @@
+"""The plan: JSON round trip, fitting a world, refusals in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longspan.plan.plan import Plan
+
+
+def test_round_trip() -> None:
+    plan = Plan(data=2, context=3, shard="zero3", recompute="attention", method="zigzag", precision="bf16")
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_context_takes_the_ranks_that_are_left() -> None:
+    assert Plan().fit(4).context == 4
+    assert Plan(data=2).fit(6).context == 3
+    assert Plan(data=2, context=2).fit(4) == Plan(data=2, context=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "world", "words"),
+    [
+        ({"data": 3}, 4, "got data 3 x context 1 for 4 ranks"),
+        ({"data": 2, "context": 4}, 4, "start 8 ranks"),
+        ({"tensor": 2, "context": 1}, 3, "tensor 2"),
+    ],
+)
+def test_a_plan_that_does_not_fit_the_world(values: dict, world: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Plan(**values).fit(world)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "must be JSON"),
+        ("[]", "JSON object"),
+        (json.dumps({"contxt": 2}), "did you mean 'context'"),
+        (json.dumps({"context": "2"}), "context must be int"),
+        (json.dumps({"context": True}), "context must be int"),
+        (json.dumps({"shard": "zero1"}), "one of none, zero2, zero3"),
+        (json.dumps({"data": 0}), "at least 1"),
+    ],
+)
+def test_bad_plans_are_refused_by_name(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        Plan.from_json(text)
+    assert "\n" not in str(error.value)
+    file = tmp_path / "plan.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="plan file"):
+        Plan.read(file)

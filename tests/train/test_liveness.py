@@ -1,0 +1,221 @@
+"""Which rank is to blame, and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from longspan.train.liveness import INTERRUPTED, Heartbeat, InterruptFlag, LostRankError, report
+from tests.ranks import run_ranks
+
+
+def blame(rank: int, world: int, directory: str, what: str) -> str:
+    """Rank 1 does something at step 3, and what the others then say."""
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    said = "nothing"
+    try:
+        with Heartbeat(directory, rank, world, interval_s=0.2) as heart:
+            for step in range(6):
+                heart.beat(step)
+                if rank == 1 and step == 3:
+                    if what == "raise":
+                        raise ValueError("an empty file\nand more")
+                    if what == "hang":
+                        time.sleep(5)
+                    if what == "leave":
+                        break
+                dist.all_reduce(torch.ones(1), group=group)
+    except LostRankError as error:
+        assert isinstance(error.__cause__, RuntimeError)
+        said = str(error)
+    except ValueError:
+        said = "my own"
+    return said
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("hang", r"rank 1 has not answered for \d s \(stopped or hung\) at step 3$"),
+        ("raise", r"rank 1 failed at step 3: an empty file$"),
+        ("leave", r"a collective failed at step 3 on rank [02]: "),
+    ],
+)
+def test_the_one_to_blame_is_named(tmp_path: Path, what: str, words: str) -> None:
+    said = run_ranks(blame, 3, str(tmp_path), what)
+    for rank in (0, 2):
+        assert re.match(words, said[rank]), said
+    assert said[1] in ("my own", "nothing") or what == "hang"
+
+
+def test_other_errors_pass_through(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="shape mismatch"), Heartbeat(tmp_path, 0, 2, interval_s=0.05):
+        raise RuntimeError("shape mismatch")
+    assert json.loads((tmp_path / "rank_00000.json").read_text())["state"] == "failed"
+
+
+def other(directory: Path, **changes: object) -> None:
+    record = {"step": 7, "state": "running", "message": "", "alive_s": time.time(), "beaten_s": time.time()}
+    record |= {"pid": os.getpid(), "host": "elsewhere"} | changes
+    (directory / "rank_00001.json").write_text(json.dumps(record))
+
+
+def test_diagnosis_of_records(tmp_path: Path) -> None:
+    with Heartbeat(tmp_path, 0, 2, interval_s=0.02) as heart:
+        assert heart.diagnose() == "rank 1 has not answered in this run (it did not reach the training loop)"
+        other(tmp_path, alive_s=time.time() - 3600)
+        assert heart.diagnose() == "rank 1 has not answered in this run (it did not reach the training loop)"
+        other(tmp_path, alive_s=time.time() - 9)
+        assert heart.diagnose() == "rank 1 has not answered for 9 s (stopped or hung) at step 7"
+        process = subprocess.Popen(["true"])
+        process.wait()
+        other(tmp_path, host=socket.gethostname(), pid=process.pid)
+        assert heart.diagnose() == f"rank 1 ended without a word at step 7 (process {process.pid} is gone)"
+        (tmp_path / "rank_00001.json").write_text("{torn")
+        assert "rank 1 has not answered in this run" in str(heart.diagnose())
+
+
+def test_settings_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="interval_s must be above 0, got 0"):
+        Heartbeat(tmp_path, 0, 1, interval_s=0)
+    with pytest.raises(ValueError, match=r"watchdog_s must be above interval_s=1\.0, got 0\.5"):
+        Heartbeat(tmp_path, 0, 1, watchdog_s=0.5)
+    with pytest.raises(ValueError, match=r"timeout_s must be above interval_s=1\.0, got 1"):
+        Heartbeat(tmp_path, 0, 1, timeout_s=1)
+
+
+WATCH = """
+import sys, time, json, os
+from pathlib import Path
+from longspan.train.liveness import Heartbeat
+directory, what = Path(sys.argv[1]), sys.argv[2]
+options = {"watchdog_s": 0.4} if what == "stuck" else {"timeout_s": 0.4}
+def other(beat):
+    record = {"step": 5, "state": "running", "message": "", "alive_s": time.time(), "beaten_s": 0.0, "pid": 1}
+    (directory / "rank_00001.json").write_text(json.dumps(record | {"host": "elsewhere", "beat": beat}))
+other(0)
+with Heartbeat(directory, 0, 2, interval_s=0.05, **options) as heart:
+    heart.beat(5)
+    for beat in range(100 if what == "fine" else 4):
+        other(beat)
+        time.sleep(0.02)
+    if what != "fine":
+        time.sleep(20)  # in the place of a wait that no time-out ends
+print("left")
+"""
+
+
+@pytest.mark.parametrize("what", ["fine", "silent", "stuck"])
+def test_a_wait_without_end_is_ended(tmp_path: Path, what: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH, str(tmp_path), what], capture_output=True, text=True, timeout=60
+    )
+    if what == "fine":
+        assert (done.returncode, done.stdout, done.stderr) == (0, "left\n", "")
+    else:
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr.startswith("longspan: error: rank 1 has not answered for ")
+        assert done.stderr.endswith(" s (stopped or hung) at step 5\n")
+
+
+# ---------------------------------------------------------------- Ctrl-C
+
+
+INTERRUPT = """
+import time, signal
+from longspan.train.liveness import InterruptFlag
+with InterruptFlag(announce="leaving", debounce_s=0.3) as flag:
+    print("ready", flush=True)
+    for _ in range({steps}):
+        if flag.requested:
+            break
+        time.sleep(0.02)
+    time.sleep(0.2)  # the save
+    while {deaf}:
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+print("left", flag.requested)
+"""
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_first_interrupt_is_a_flag_second_ends(deaf: bool) -> None:
+    code = INTERRUPT.format(steps=0 if deaf else 3000, deaf=deaf)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for _ in range(3):  # one Ctrl-C, delivered three times
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    if deaf:
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert err == "leaving\n"
+    assert (process.returncode, out) == ((INTERRUPTED, "") if deaf else (0, "left True\n"))
+
+
+def agree(rank: int, world: int) -> tuple[list[bool], list[bool]]:
+    agreed, own = [], []
+    with InterruptFlag() as flag:
+        for step in range(4):
+            if rank == 1 and step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                while not flag.requested:
+                    time.sleep(0.01)
+            agreed.append(flag.agreed())
+            own.append(flag.requested)
+    return agreed, own
+
+
+def test_ranks_leave_at_the_same_step() -> None:
+    results = run_ranks(agree, 3)
+    assert [agreed for agreed, _ in results] == [[False, False, True, True]] * 3
+    assert [own[-1] for _, own in results] == [False, True, False]
+
+
+def test_only_in_the_main_thread() -> None:
+    errors: list[str] = []
+
+    def enter() -> None:
+        try:
+            InterruptFlag().__enter__()
+        except ValueError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert "enter it there" in errors[0]
+
+
+def test_report_is_in_the_form_that_torchrun_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    report("rank 1 is gone")
+    assert capsys.readouterr().err == "longspan: error: rank 1 is gone\n"
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(path))
+    assert failure.error_file_data["message"]["message"] == "rank 1 is gone"
+    monkeypatch.setenv("LONGSPAN_LAUNCHER_PID", str(os.getppid()))
+    report("rank 2 is gone")
+    assert capsys.readouterr().err == "" and "rank 2" in path.read_text()

@@ -1,0 +1,161 @@
+"""Any plan has the loss and every gradient of one process, within 1e-5 of the largest gradient, in fp32."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from longspan.mixers.config import AttentionConfig
+from longspan.model.config import DecoderConfig, MlpConfig
+from longspan.model.decoder import DecoderLM, build
+from longspan.plan.plan import Plan
+from longspan.train.data.batches import NO_LABEL, Batch
+from tests.ranks import run_ranks
+
+CONFIG = DecoderConfig(
+    num_layers=2,
+    hidden_size=24,
+    vocab_size=61,
+    attention=AttentionConfig(num_heads=4, head_dim=6, num_kv_heads=2, qk_norm_eps=1e-6),
+    mlp=MlpConfig(inner_size=40),
+    tie_embeddings=True,
+)
+LENGTH, ROWS = 37, 6
+DOCUMENTS = ((11, 19, 7), (37,), (5, 5, 27), (13, 24), (36, 1), (20, 17))
+
+
+def rows(documents: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(0, CONFIG.vocab_size, (ROWS, LENGTH), generator=generator)
+    labels = torch.randint(0, CONFIG.vocab_size, (ROWS, LENGTH), generator=generator)
+    if documents:
+        for row, lengths in enumerate(DOCUMENTS):
+            labels[row, torch.tensor(lengths).cumsum(0) - 1] = NO_LABEL
+    return tokens, labels
+
+
+def reference(config: DecoderConfig, documents: bool) -> tuple[float, dict[str, torch.Tensor]]:
+    """One process, the plain model, one document at a time."""
+    model = build(config, device="cpu", seed=3)
+    tokens, labels = rows(documents)
+    total, count = torch.zeros(()), int((labels != NO_LABEL).sum())
+    for row in range(ROWS):
+        start = 0
+        for length in DOCUMENTS[row] if documents else (LENGTH,):
+            part = slice(start, start + length)
+            logits = model(tokens[row : row + 1, part])
+            wanted = labels[row : row + 1, part].flatten()
+            total = total + torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), wanted, ignore_index=NO_LABEL, reduction="sum"
+            )
+            start += length
+    (total / count).backward()
+    return float(total.detach()) / count, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def micros(plan: Plan, rank: int, num_micro: int, documents: bool) -> list[tuple[Batch, dict]]:
+    tokens, labels = rows(documents)
+    data_rank = rank // plan.context
+    parts = plan.data * num_micro
+    assert ROWS % parts == 0
+    batches = []
+    for micro in range(num_micro):
+        first = (data_rank * num_micro + micro) * (ROWS // parts)
+        chosen = slice(first, first + ROWS // parts)
+        t, y, lengths = tokens[chosen], labels[chosen], None
+        if documents:
+            t, y = t.reshape(1, -1), y.reshape(1, -1)
+            lengths = tuple(n for row in DOCUMENTS[chosen] for n in row)
+        count = int((y != NO_LABEL).sum())
+        batches.append(
+            (Batch(tokens=t, labels=y, lengths=lengths, num_labels=count, position=0, micro=micro, num_micro=num_micro), {})
+        )
+    return batches
+
+
+def one_rank(rank: int, world: int, plan: Plan, config: DecoderConfig, num_micro: int, documents: bool, built: bool) -> Any:
+    from longspan.train.config import TrainConfig
+    from longspan.train.loop import Trainer
+
+    trainer = Trainer(TrainConfig(out=Path("unused"), seed=3), config, plan, torch.device("cpu"))
+    batches = micros(plan, rank, num_micro, documents)
+    if built:  # as the data worker does it
+        batches = [(batch, trainer.prepare(batch)) for batch, _ in batches]
+    loss = trainer.gradients(batches)
+    grads = {}
+    for name, parameter in trainer.model.named_parameters():
+        grad = parameter.grad
+        assert grad is not None, name
+        grads[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+    return loss, grads
+
+
+def assert_parity(plan: Plan, world: int, config: DecoderConfig = CONFIG, num_micro: int = 1, documents: bool = False, built: bool = False) -> None:
+    loss, grads = reference(config, documents)
+    for got_loss, got in run_ranks(one_rank, world, plan.fit(world), config, num_micro, documents, built):
+        assert abs(got_loss - loss) <= 1e-5 * abs(loss)
+        assert set(got) == set(grads)
+        for name, expected in grads.items():
+            error = (got[name] - expected).abs().max() / expected.abs().max()
+            assert error <= 1e-5, (name, float(error))
+
+
+PLANS = [
+    (1, Plan()),
+    (2, Plan(context=2)),
+    (2, Plan(context=2, shard="zero2", method="ring")),
+    (2, Plan(data=2, shard="zero3")),
+    (2, Plan(data=2)),
+    (3, Plan(context=3, shard="zero3", method="zigzag", recompute="attention")),
+    (3, Plan(data=3, shard="zero2", recompute="full")),
+    (4, Plan(data=2, context=2, shard="zero3", recompute="attention", mlp_tile=8)),
+    (4, Plan(data=1, context=4, layout="striped")),
+]
+
+
+@pytest.mark.parametrize(("world", "plan"), PLANS, ids=lambda x: str(x) if isinstance(x, int) else None)
+def test_loss_and_every_gradient_equal_one_process(world: int, plan: Plan) -> None:
+    assert_parity(plan, world)
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_packed_documents_and_micro_batches(built: bool) -> None:
+    assert_parity(Plan(data=1, context=2, shard="zero2"), 2, num_micro=3, documents=True, built=built)
+
+
+def test_packed_documents_over_data_and_context() -> None:
+    assert_parity(Plan(data=2, context=2, shard="zero3"), 4, num_micro=3, documents=True)
+
+
+def test_windows_untied_head_and_learned_positions() -> None:
+    from longspan.model.config import LearnedPositionsConfig
+
+    config = replace(CONFIG, windows=(9, None), tie_embeddings=False, positions=LearnedPositionsConfig(max_positions=64))
+    assert_parity(Plan(context=2), 2, config=config)
+
+
+def test_the_comparison_bites() -> None:
+    """A context that forgets the other rank's keys does not pass."""
+    with pytest.raises(AssertionError):
+        loss, grads = reference(CONFIG, False)
+        got_loss, got = run_ranks(forgetful_rank, 2)[0]
+        assert abs(got_loss - loss) <= 1e-5 * abs(loss)
+
+
+def forgetful_rank(rank: int, world: int) -> Any:
+    from longspan.model.local import LocalContext
+    from longspan.train import loop
+
+    class Forgetful(loop.SequenceContext):
+        def attend(self, q, k, v, **options):
+            return LocalContext(q.shape[1]).attend(q, k, v, **options)
+
+    loop.make_context = lambda n, plan, mesh, device: Forgetful(loop.masks.causal(n), mesh.context_group, device=device)
+    return one_rank(rank, world, Plan(context=2), CONFIG, 1, False, False)
+
+
