@@ -34,7 +34,19 @@ import torch
 import torch.distributed as dist
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "numpy", "jaxtyping", "pytest", "hypothesis"])
+_SERVER.set_forkserver_preload(
+    [
+        "torch",
+        "torch._dynamo",
+        "torch.distributed.device_mesh",
+        "torch.distributed.fsdp",
+        "numpy",
+        "jaxtyping",
+        "pytest",
+        "hypothesis",
+        "longspan.train.session",
+    ]
+)
 
 _GRACE_S = 0.5  # how long, after one rank failed, the others may take to say that they failed first
 _LEAVE_S = 10.0  # how long ranks that have returned may take to leave their process group

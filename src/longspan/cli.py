@@ -95,7 +95,9 @@ def _options(kind: Any) -> list[str]:
 
 def parse(kind: type[_T], argv: Sequence[str], prog: str) -> _T:
     """The config from the command line. Raises ValueError for an unknown option, with the nearest known one."""
-    config, unknown = tyro.cli(kind, args=list(argv), prog=prog, return_unknown_args=True, config=(tyro.conf.FlagConversionOff,))
+    config, unknown = tyro.cli(
+        kind, args=list(argv), prog=prog, return_unknown_args=True, config=(tyro.conf.FlagConversionOff,)
+    )
     if unknown:
         name = next((item for item in unknown if item.startswith("-")), unknown[0]).split("=")[0]
         near = difflib.get_close_matches(name, _options(kind), n=1, cutoff=0.5)
@@ -113,7 +115,9 @@ def _train(argv: Sequence[str]) -> int:
     launch = discover()
     if launch.how != "single":
         if ranks not in (None, launch.world_size):
-            raise ValueError(f"--ranks starts local ranks, but {launch.how} has started {launch.world_size}; leave it out")
+            raise ValueError(
+                f"--ranks starts local ranks, but {launch.how} has started {launch.world_size}; leave it out"
+            )
     elif ranks is not None and ranks > 1:
         from longspan.plan.plan import Plan
 
@@ -273,7 +277,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             known = ", ".join(COMMANDS)
-            raise ValueError(f"unknown command {name!r}; " + (f"did you mean {near[0]}?" if near else f"known: {known}"))
+            raise ValueError(
+                f"unknown command {name!r}; " + (f"did you mean {near[0]}?" if near else f"known: {known}")
+            )
         return COMMANDS[name][0](rest)
     except ValueError as error:
         print(f"longspan: error: {error}", file=sys.stderr)

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from longspan.attention import masks
-from longspan.attention.bands import cut, shift
+from longspan.attention.bands import Bands, cut, shift
 from longspan.attention.kernels import KERNELS, pick
 from longspan.attention.kernels.contract import row_sums
 from longspan.attention.merge import merge
-from tests.attention.kernels.blocks import MASKS, RANGES, block, errors, oracle, plain_errors, run, tensors
+from tests.attention.kernels.blocks import MASKS, RANGES, Inputs, block, errors, oracle, plain_errors, run, tensors
 
 pytestmark = pytest.mark.gpu
 
@@ -27,8 +27,9 @@ LARGE = {
 }
 
 
-def limit(plain: float) -> float:
-    return 2 * plain if plain > 1e-12 else 1e-2
+def limit(plain: float, one_key: bool = False) -> float:
+    """Twice the plain formula's error; see the same function in tests/attention/kernels/test_kernels.py."""
+    return max(2 * plain, 1e-2 if one_key else 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -38,7 +39,9 @@ def test_small_blocks(name: str, mask: str, dtype: torch.dtype) -> None:
     for ranges in RANGES:
         bands, num_q, num_k = block(mask, ranges)
         for h, g in ((4, 4), (4, 2), (4, 1)):
-            compare(name, tensors(num_q, num_k, h, g, d=64, b=4, dtype=dtype, device="cuda"), bands)
+            compare(
+                name, tensors(num_q, num_k, h, g, d=64, b=4, dtype=dtype, device="cuda"), bands, mask == "self_only"
+            )
 
 
 @pytest.mark.parametrize("d", [64, 128])
@@ -51,13 +54,13 @@ def test_large_blocks(name: str, mask: str, d: int) -> None:
         compare(name, inputs, bands)
 
 
-def compare(name: str, inputs: list[torch.Tensor], bands) -> None:
+def compare(name: str, inputs: Inputs, bands: Bands, one_key: bool = False) -> None:
     scale = inputs[0].shape[-1] ** -0.5
     truth = oracle(*inputs, bands, scale=scale)
     found = errors(run(KERNELS[name](), *inputs, bands, truth, scale=scale), truth)
     allowed = plain_errors(*inputs, bands, truth, scale=scale)
     for what in ("out", "dq", "dk", "dv"):
-        assert found[what] <= limit(allowed[what]), what
+        assert found[what] <= limit(allowed[what], one_key), what
     assert found["lse"] < 1e-4
 
 
@@ -94,11 +97,11 @@ def test_flex_in_float32_and_inside_a_custom_op(mask: str, softcap: float | None
     assert kernel.name == "flex"
     found = errors(run(kernel, *inputs, bands, truth, scale=0.3, softcap=softcap), truth)
     assert max(found.values()) < 1e-4
-    rows = [torch.from_numpy(x).to("cuda", torch.float32) for x in (truth.lse, truth.delta)]
+    lse, delta = (torch.from_numpy(x).to("cuda", torch.float32) for x in (truth.lse, truth.delta))
 
     @torch.library.custom_op("longspan_test::flex_backward", mutates_args=())
     def backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
-        return kernel.backward(dout, q, k, v, *rows, bands, scale=0.3, softcap=softcap)[0]
+        return kernel.backward(dout, q, k, v, lse, delta, bands, scale=0.3, softcap=softcap)[0]
 
     torch.testing.assert_close(backward(*inputs).double().cpu(), torch.from_numpy(truth.dq), rtol=0, atol=1e-3)
 

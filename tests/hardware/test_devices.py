@@ -17,6 +17,7 @@ from longspan.hardware.devices import (
     links,
     peak_memory_bytes,
     reset_peak_memory,
+    resident_bytes,
     versions,
 )
 
@@ -73,7 +74,9 @@ def test_the_peak_is_of_memory_that_was_used() -> None:
     if not reset_peak_memory("cpu"):
         pytest.skip("this system does not reset the peak")
     before = peak_memory_bytes("cpu")
+    held = resident_bytes("cpu")
     used = bytearray(b"x") * (64 * MIB)
+    assert 60 * MIB < resident_bytes("cpu") - held < 100 * MIB
     del used
     high = peak_memory_bytes("cpu")
     assert 60 * MIB < high - before < 100 * MIB

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from longspan.mixers.config import AttentionConfig
 from longspan.model.config import DecoderConfig, MlpConfig
-from longspan.model.decoder import DecoderLM, build
+from longspan.model.decoder import build
 from longspan.plan.plan import Plan
 from longspan.train.data.batches import NO_LABEL, Batch
 from tests.ranks import run_ranks
@@ -73,12 +73,19 @@ def micros(plan: Plan, rank: int, num_micro: int, documents: bool) -> list[tuple
             lengths = tuple(n for row in DOCUMENTS[chosen] for n in row)
         count = int((y != NO_LABEL).sum())
         batches.append(
-            (Batch(tokens=t, labels=y, lengths=lengths, num_labels=count, position=0, micro=micro, num_micro=num_micro), {})
+            (
+                Batch(
+                    tokens=t, labels=y, lengths=lengths, num_labels=count, position=0, micro=micro, num_micro=num_micro
+                ),
+                {},
+            )
         )
     return batches
 
 
-def one_rank(rank: int, world: int, plan: Plan, config: DecoderConfig, num_micro: int, documents: bool, built: bool) -> Any:
+def one_rank(
+    rank: int, world: int, plan: Plan, config: DecoderConfig, num_micro: int, documents: bool, built: bool
+) -> Any:
     from longspan.train.config import TrainConfig
     from longspan.train.loop import Trainer
 
@@ -95,7 +102,14 @@ def one_rank(rank: int, world: int, plan: Plan, config: DecoderConfig, num_micro
     return loss, grads
 
 
-def assert_parity(plan: Plan, world: int, config: DecoderConfig = CONFIG, num_micro: int = 1, documents: bool = False, built: bool = False) -> None:
+def assert_parity(
+    plan: Plan,
+    world: int,
+    config: DecoderConfig = CONFIG,
+    num_micro: int = 1,
+    documents: bool = False,
+    built: bool = False,
+) -> None:
     loss, grads = reference(config, documents)
     for got_loss, got in run_ranks(one_rank, world, plan.fit(world), config, num_micro, documents, built):
         assert abs(got_loss - loss) <= 1e-5 * abs(loss)
@@ -135,15 +149,17 @@ def test_packed_documents_over_data_and_context() -> None:
 def test_windows_untied_head_and_learned_positions() -> None:
     from longspan.model.config import LearnedPositionsConfig
 
-    config = replace(CONFIG, windows=(9, None), tie_embeddings=False, positions=LearnedPositionsConfig(max_positions=64))
+    config = replace(
+        CONFIG, windows=(9, None), tie_embeddings=False, positions=LearnedPositionsConfig(max_positions=64)
+    )
     assert_parity(Plan(context=2), 2, config=config)
 
 
 def test_the_comparison_bites() -> None:
     """A context that forgets the other rank's keys does not pass."""
     with pytest.raises(AssertionError):
-        loss, grads = reference(CONFIG, False)
-        got_loss, got = run_ranks(forgetful_rank, 2)[0]
+        loss, _ = reference(CONFIG, False)
+        got_loss, _ = run_ranks(forgetful_rank, 2)[0]
         assert abs(got_loss - loss) <= 1e-5 * abs(loss)
 
 
@@ -157,5 +173,3 @@ def forgetful_rank(rank: int, world: int) -> Any:
 
     loop.make_context = lambda n, plan, mesh, device: Forgetful(loop.masks.causal(n), mesh.context_group, device=device)
     return one_rank(rank, world, Plan(context=2), CONFIG, 1, False, False)
-
-

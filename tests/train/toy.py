@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> None:
     store = CheckpointStore(directory / "checkpoints", keep=args.keep)
     model, optimizer = build(args.shard, launch.world_size, args.dim)
     step = -1
+    (directory / f"pid_{launch.rank}").write_text(str(os.getpid()))
+    dist.barrier()
     first = store.load(None, model, optimizer)["step"] + 1 if args.resume else 0
     with (
         Heartbeat(
@@ -65,7 +67,6 @@ def run(args: argparse.Namespace) -> None:
     ):
         for step in range(first, args.steps):
             heart.beat(step)
-            (directory / f"pid_{launch.rank}").write_text(str(os.getpid()))
             if step == args.raise_at and launch.rank == 1:
                 raise ValueError("the data file is empty")
             if step == args.hang_at and launch.rank == 1:

@@ -154,9 +154,7 @@ def _union(a: Band, b: Band) -> Band | None:
 
     The smallest band holding both is their hull with the outer diagonals: it is the union where the areas agree.
     """
-    hull = Band(
-        min(a.q0, b.q0), max(a.q1, b.q1), min(a.k0, b.k0), max(a.k1, b.k1), min(a.lo, b.lo), max(a.hi, b.hi)
-    )
+    hull = Band(min(a.q0, b.q0), max(a.q1, b.q1), min(a.k0, b.k0), max(a.k1, b.k1), min(a.lo, b.lo), max(a.hi, b.hi))
     return tighten(hull) if area(hull) == area(a) + area(b) else None
 
 

@@ -6,6 +6,8 @@ shown in one line and raises ValueError with the first thing that was wrong.
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -57,13 +59,15 @@ def point_to_point(group: dist.ProcessGroup, device: torch.device) -> str:
     exchange = Exchange(group, device)
     for sizes in (*((size,) for size in MESSAGE_BYTES), MESSAGE_BYTES):
         sends = [(other, 0, _message(rank, other, size).to(device)) for other in others for size in sizes]
-        receives = [(other, 0, torch.zeros(size, dtype=torch.uint8, device=device)) for other in others for size in sizes]
+        empty = [(other, torch.zeros(size, dtype=torch.uint8, device=device)) for other in others for size in sizes]
+        receives = [(other, 0, landing) for other, landing in empty]
         for arrived in exchange.post(sends, receives):
             arrived()
         exchange.finish()
         for other, _, got in receives:
             _expect(got, _message(other, rank, got.numel()), f"{got.numel()} bytes from rank {other}")
-    return f"{len(MESSAGE_BYTES)} sizes, {MESSAGE_BYTES[0]} B to {MESSAGE_BYTES[-1] / 2**20:.0f} MiB, both directions at once"
+    largest = f"{MESSAGE_BYTES[-1] / 2**20:.0f} MiB"
+    return f"{len(MESSAGE_BYTES)} sizes, {MESSAGE_BYTES[0]} B to {largest}, both directions at once"
 
 
 def _values(rank: int, num: int, dtype: torch.dtype) -> Tensor:
@@ -95,7 +99,7 @@ def reduce_scatter(group: dist.ProcessGroup, device: torch.device) -> str:
         whole = _values(rank, world * _NUM_VALUES, dtype).to(device)
         part = torch.empty(_NUM_VALUES, dtype=dtype, device=device)
         _scatter_single(part, whole, group=group)
-        total = sum((_values(other, world * _NUM_VALUES, dtype) for other in range(world)), torch.zeros((), dtype=dtype))
+        total = torch.stack([_values(other, world * _NUM_VALUES, dtype) for other in range(world)]).sum(0)
         _expect(part, total[rank * _NUM_VALUES :][:_NUM_VALUES], f"reduce_scatter of {dtype}")
     return _names(dtypes)
 
@@ -133,31 +137,33 @@ def split_attention(group: dist.ProcessGroup, device: torch.device) -> str:
             if not off <= 1:
                 raise ValueError(f"{name} in {dtype}: {off:.1f} times the error allowed against float64")
             worst = max(worst, off)
-    wire = "staged through pinned memory" if device.type == "cuda" and backend_for(group, device) != "nccl" else "direct"
-    return f"forward and gradients equal float64 ({worst:.2f} of the error allowed; {wire})"
+    staged = device.type == "cuda" and backend_for(group, device) != "nccl"
+    way = ", through pinned memory" if staged else ""
+    return f"forward and gradients equal float64{way} ({worst:.2f} of the error allowed)"
 
 
-def kernel(name: str, device: torch.device) -> str | None:
-    """One block kernel on a device against float64, forward and backward; says what was shown.
+def kernel(name: str, device: torch.device) -> str:
+    """One block kernel on a device against float64, forward and backward, in each dtype that it takes.
 
-    Returns None where the kernel takes no tensors of this device. Raises ValueError where it is wrong.
+    Raises ValueError where it is wrong, or takes no dtype on this device.
     """
-    shown, worst = [], 0.0
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        for mask_name, mask in check_masks().items():
-            inputs = make_inputs(mask.num_tokens, dtype=dtype)
-            q, k, v, dout = inputs.to(device)
-            if KERNELS[name]().supports(q, k, v, softcap=None) is not None:
-                break
-            chosen = pick(q, softcap=None, name=name)
-            scale = q.shape[3] ** -0.5
-            out, lse = chosen.forward(q, k, v, mask.bands, scale=scale, softcap=None)
-            grads = chosen.backward(dout, q, k, v, lse, row_sums(dout, out), mask.bands, scale=scale, softcap=None)
-            plain, exact = formula(inputs, mask.dense()), formula(inputs.to(torch.float64), mask.dense())
-            off = excess((out, *grads), exact, plain)
-            if not off <= 1:
-                raise ValueError(f"{mask_name} in {dtype}: {off:.1f} times the error allowed against float64")
-            worst = max(worst, off)
-        else:
+    shown: list[torch.dtype] = []
+    worst = 0.0
+    for dtype, (mask_name, mask) in product((torch.float64, torch.float32, torch.bfloat16), check_masks().items()):
+        inputs = make_inputs(mask.num_tokens, dtype=dtype)
+        q, k, v, dout = inputs.to(device)
+        if KERNELS[name]().supports(q, k, v, softcap=None) is not None:
+            continue
+        chosen, scale = pick(q, softcap=None, name=name), q.shape[3] ** -0.5
+        out, lse = chosen.forward(q, k, v, mask.bands, scale=scale, softcap=None)
+        grads = chosen.backward(dout, q, k, v, lse, row_sums(dout, out), mask.bands, scale=scale, softcap=None)
+        plain, exact = formula(inputs, mask.dense()), formula(inputs.to(torch.float64), mask.dense())
+        off = excess((out, *grads), exact, plain)
+        if not off <= 1:
+            raise ValueError(f"{mask_name} in {dtype}: {off:.1f} times the error allowed against float64")
+        worst = max(worst, off)
+        if dtype not in shown:
             shown.append(dtype)
-    return f"{_names(tuple(shown))} equal float64 ({worst:.2f} of the error allowed)" if shown else None
+    if not shown:
+        raise ValueError(f"kernel {name!r} takes neither float64, float32 nor bfloat16 on {device.type}; try another")
+    return f"{_names(tuple(shown))} equal float64 ({worst:.2f} of the error allowed)"

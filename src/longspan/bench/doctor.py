@@ -73,9 +73,8 @@ def doctor(ranks: int = 2, *, timeout_s: float = 60.0, say: Say | None = None) -
         add(_on_ranks(f"gloo, {ranks} ranks", Ranks(devices=(cpu,) * ranks, timeout_s=timeout_s), CHANNELS))
     else:
         add([Finding("gloo", "all channels", "unverified", "this build of torch has no gloo")])
-    for device in [cpu, *(each.device for each in cuda[:1])]:
-        for name in KERNELS:
-            add([_kernel(name, device)])
+    for name in KERNELS:
+        add(_kernel(name, [cpu, *(each.device for each in cuda[:1])]))
     add(_nccl(cuda, timeout_s))
     add(_staged(cuda, timeout_s))
     elsewhere = "only ranks of this machine were started; run your job under torchrun or Slurm on two to see"
@@ -98,19 +97,23 @@ def _on_ranks(where: str, ranks: Ranks, checks: dict[str, Check]) -> list[Findin
     return [finding(outcome) for outcome in run_checks(list(checks.items()), ranks)]
 
 
-def _kernel(name: str, device: torch.device) -> Finding:
-    where = f"kernel on {device.type}"
-    probe = torch.empty((1, 1, 1, 16), dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
-    reason = KERNELS[name]().supports(probe, probe, probe, softcap=None)
-    if reason is not None:
-        return Finding(where, name, "unverified", reason)
-    try:
-        shown = channels.kernel(name, device)
-    except (ValueError, RuntimeError) as error:
-        return Finding(where, name, "failed", (str(error).strip().splitlines() or [type(error).__name__])[0])
-    if shown is None:
-        return Finding(where, name, "unverified", "it takes none of the tensors tried")
-    return Finding(where, name, "ok", shown)
+def _kernel(name: str, where: Sequence[torch.device]) -> list[Finding]:
+    """One finding for each kind of device that the kernel takes; one that says why where it takes none."""
+    found: list[Finding] = []
+    reason = ""
+    for device in where:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        probe = torch.empty((1, 1, 1, 16), dtype=dtype, device=device)
+        refusal = KERNELS[name]().supports(probe, probe, probe, softcap=None)
+        if refusal is not None:
+            reason = refusal
+            continue
+        try:
+            found.append(Finding(f"kernel on {device.type}", name, "ok", channels.kernel(name, device)))
+        except (ValueError, RuntimeError) as error:  # compilers and CUDA raise RuntimeErrors
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            found.append(Finding(f"kernel on {device.type}", name, "failed", first))
+    return found or [Finding("kernel", name, "unverified", reason)]
 
 
 def _nccl(cuda: Sequence[Device], timeout_s: float) -> list[Finding]:
@@ -180,7 +183,7 @@ def _facts(facts: Sequence[tuple[str, str]]) -> list[str]:
     return [f"{name:<{width}}  {value}" for name, value in facts]
 
 
-def main(ranks: int = 2, *, timeout_s: float = 60.0) -> int:
+def run_doctor(ranks: int = 2, *, timeout_s: float = 60.0) -> int:
     """Prints the inventory, then each finding as it is made, then a summary. Returns the exit code."""
     show = partial(print, flush=True)
     show("\n".join(_facts(inventory())) + "\n")

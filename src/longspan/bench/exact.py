@@ -1,7 +1,8 @@
 """The yardstick of small exact checks: dense attention from the formula, and how wrong a result may be.
 
 A result in some dtype is judged against the formula in float64 on the same inputs; it may be twice as far off as the
-plain formula evaluated in that dtype, and never need be closer than rounding.
+plain formula evaluated in that dtype, and never need be closer than one rounding of the result and some dozens of the
+sums.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-_ROUNDINGS = 64  # half a hundred additions in another order
+_SUM_ROUNDINGS = 64  # some dozens of additions in another order
 
 
 class Inputs(NamedTuple):
@@ -59,7 +60,7 @@ def formula(inputs: Inputs, allowed: Bool[Tensor, "s s"]) -> Results:
 
 
 def excess(
-    got: Sequence[Float[Tensor, "..."]], exact: Sequence[Float[Tensor, "..."]], plain: Sequence[Float[Tensor, "..."]]
+    got: Sequence[Float[Tensor, ...]], exact: Sequence[Float[Tensor, ...]], plain: Sequence[Float[Tensor, ...]]
 ) -> float:
     """The worst error as a multiple of what is allowed (1 is the limit; NaN counts as infinite).
 
@@ -74,8 +75,9 @@ def excess(
             raise ValueError(f"a result must have the shape {tuple(reference.shape)}, got {tuple(mine.shape)}")
         if not reference.numel():
             continue
-        rounding = _ROUNDINGS * torch.finfo(yardstick.dtype).eps * float(reference.abs().max())
-        limit = max(2 * float((yardstick.double() - reference).abs().max()), rounding)
+        sums = torch.promote_types(yardstick.dtype, torch.float32)
+        rounding = torch.finfo(yardstick.dtype).eps + _SUM_ROUNDINGS * torch.finfo(sums).eps
+        limit = max(2 * float((yardstick.double() - reference).abs().max()), rounding * float(reference.abs().max()))
         error = float((mine.detach().cpu().double() - reference).abs().max())
         worst = max(worst, error / limit if error == error else float("inf"))
     return worst

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -25,6 +26,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 Check = Callable[[dist.ProcessGroup, torch.device], str]
 JOIN = "ranks meet"
@@ -70,6 +72,7 @@ class _Rank:
     pipe: Connection
     done: list[str] = field(default_factory=list)
     failure: str | None = None
+    died: bool = False
 
 
 def run_checks(checks: Sequence[tuple[str, Check]], ranks: Ranks) -> list[Outcome]:
@@ -80,10 +83,9 @@ def run_checks(checks: Sequence[tuple[str, Check]], ranks: Ranks) -> list[Outcom
             raises is its failure.
     """
     names = [JOIN, *(name for name, _ in checks)]
-    start = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(start)
-    if start == "forkserver":
-        context.set_forkserver_preload([__name__, "longspan.context"])
+    context = multiprocessing.get_context("forkserver")
+    # torch._dynamo: torch imports it (for seconds) at the first call of a custom operator, in each rank.
+    context.set_forkserver_preload([__name__, "longspan.context", "torch._dynamo"])
     folder = Path(tempfile.mkdtemp(prefix="longspan-checks-"))
     started: list[_Rank] = []
     try:
@@ -100,7 +102,7 @@ def run_checks(checks: Sequence[tuple[str, Check]], ranks: Ranks) -> list[Outcom
         for each in started:
             each.pipe.close()  # a rank that is done waits for this
         for each in started:
-            each.process.join(_GRACE_S if each.failure is None else 0)
+            each.process.join(_GRACE_S)
             if each.process.exitcode is None:
                 each.process.kill()
                 each.process.join()
@@ -121,7 +123,7 @@ def _collect(ranks: list[_Rank], num: int, timeout_s: float) -> bool:
                 passed, text = each.pipe.recv()
             except (EOFError, ConnectionResetError):
                 each.process.join(_GRACE_S)
-                passed, text = False, _end(each.process.exitcode)
+                each.died, passed, text = True, False, _end(each.process.exitcode)
             if passed:
                 each.done.append(text)
             else:
@@ -141,9 +143,10 @@ def _outcomes(names: Sequence[str], ranks: list[_Rank], late_s: float | None) ->
     outcomes = [Outcome(name, "ok", ranks[0].done[index]) for index, name in enumerate(names[:reached])]
     if reached == len(names):
         return outcomes
+    # A rank that dies makes others fail, never the reverse.
     failures = [
         f"rank {rank}: {each.failure}"
-        for rank, each in enumerate(ranks)
+        for rank, each in sorted(enumerate(ranks), key=lambda item: not item[1].died)
         if each.failure is not None and len(each.done) == reached
     ]
     if not failures:  # one rank is behind and silent, whether or not another gave up waiting for it
@@ -161,19 +164,20 @@ def _main(rank: int, ranks: Ranks, checks: list[Check], store: str, pipe: Connec
     if sys.platform == "linux":
         # As `longspan train --ranks` does: else gloo resolves the machine's name, which some containers cannot.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    for check in (partial(_join, rank, ranks, store), *(partial(_call, check, ranks.devices[rank]) for check in checks)):
+    here = ranks.devices[rank]
+    steps = [partial(_join, rank, ranks, store), *(partial(_call, check, here) for check in checks)]
+    passed = True
+    while passed and steps:
         try:
-            text = check()
+            text = steps.pop(0)()
         except Exception as error:  # whatever a check raises is what it has found
             first = (str(error).strip().splitlines() or [""])[0]
-            name = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            pipe.send((False, f"{name}{first}"))
-            os._exit(1)
-        pipe.send((True, text))
-    try:
+            passed, text = False, first if type(error) is ValueError else f"{type(error).__name__}: {first}"
+        pipe.send((passed, text))
+    # Nobody leaves before all have answered: a closed connection would fail a rank that is still at work.
+    with suppress(EOFError):
         pipe.recv()
-    except EOFError:
-        os._exit(0)  # not through the group's destructors, which may wait for a rank that has gone
+    os._exit(0)  # not through the group's destructors, which may wait for a rank that has gone
 
 
 def _join(rank: int, ranks: Ranks, store: str) -> str:
@@ -183,7 +187,7 @@ def _join(rank: int, ranks: Ranks, store: str) -> str:
     world = len(ranks.devices)
     dist.init_process_group(
         ranks.backend,
-        store=dist.FileStore(store, world),
+        store=FileStore(store, world),
         rank=rank,
         world_size=world,
         timeout=timedelta(seconds=ranks.timeout_s),

@@ -97,6 +97,10 @@ def attention(
     the ranks' masks and schedules (one tiny collective); ``prepare`` and ``attend`` do so once for many layers.
     Raises ValueError for shapes, methods, layouts or kernels that do not fit, or where ranks disagree.
     """
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(
+            f"q, k and v must be (batch, local tokens, heads, head_dim), got q {tuple(q.shape)} and k {tuple(k.shape)}"
+        )
     handle = prepare(
         mask,
         num_heads=q.shape[2],

@@ -45,12 +45,17 @@ def resolve(mask: Mask, world: int, method: str, layout: Layout | str | None) ->
     return (default_method(mask, layout) if method == "auto" else method), layout
 
 
+@lru_cache(maxsize=4)
+def _geometry(mask: Mask, layout: Layout) -> Geometry:
+    return Geometry(mask, layout)
+
+
 @lru_cache(maxsize=32)
 def checked_schedule(mask: Mask, layout: Layout, method: str, num_heads: int, num_kv_heads: int) -> Schedule:
     """The method's schedule, pruned for the mask and proved right."""
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"query heads must be a multiple of KV heads, got {num_heads} and {num_kv_heads}")
-    geometry = Geometry(mask, layout)
+    geometry = _geometry(mask, layout)
     schedule = prune_schedule(method_of(method).build(layout, num_heads, num_kv_heads), geometry)
     check(schedule, geometry)
     return schedule
@@ -59,7 +64,7 @@ def checked_schedule(mask: Mask, layout: Layout, method: str, num_heads: int, nu
 @lru_cache(maxsize=64)
 def _built(mask: Mask, layout: Layout, method: str, num_heads: int, num_kv_heads: int, rank: int) -> Built:
     schedule = checked_schedule(mask, layout, method, num_heads, num_kv_heads)
-    geometry = Geometry(mask, layout)
+    geometry = _geometry(mask, layout)
     programs = [
         lower(phase, schedule, geometry, rank, backward=backward)
         for phase, backward in ((schedule.forward, False), (schedule.backward, True))

@@ -51,9 +51,7 @@ def _check_form(phase: Phase, schedule: Schedule, name: str, kinds: Iterable[Kin
             raise ScheduleError(f"{name}: ranks are 0..{len(ranks) - 1} and heads 0..{num_heads}, got {move}")
     for block in phase.blocks:
         if block.rank not in ranks or not _fits(block.heads, schedule.num_heads):
-            raise ScheduleError(
-                f"{name}: ranks are 0..{len(ranks) - 1} and heads 0..{schedule.num_heads}, got {block}"
-            )
+            raise ScheduleError(f"{name}: ranks are 0..{len(ranks) - 1} and heads 0..{schedule.num_heads}, got {block}")
     tokens = {move.piece.tokens for move in phase.moves} | {r for block in phase.blocks for r in (block.q, block.k)}
     for ranges in tokens:
         last = 0

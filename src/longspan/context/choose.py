@@ -19,8 +19,7 @@ _BALANCE_MARGIN = 1.02  # a layout must be better by this factor to be preferred
 def busiest(mask: Mask, layout: Layout) -> int:
     """Largest number of allowed pairs whose query one rank holds."""
     geometry = Geometry(mask, layout)
-    everything = ((0, layout.num_tokens),)
-    return max(geometry.area((layout.owned(rank),), everything) for rank in range(layout.world))
+    return max(geometry.work(rank) for rank in range(layout.world))
 
 
 @lru_cache(maxsize=256)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longspan.context.engine import Record, Settings, Worker, accumulation_dtype
 from longspan.context.geometry import Geometry
-from longspan.context.lower import Program, lower
+from longspan.context.lower import Program, lower_all
 from longspan.context.schedule import Schedule
 
 
@@ -75,7 +75,7 @@ def emulate(
 
     def phase(inputs: list[list[Record]], *, backward: bool) -> list[Worker]:
         source = schedule.backward if backward else schedule.forward
-        programs = [lower(source, schedule, geometry, rank, backward=backward) for rank in range(layout.world)]
+        programs = lower_all(source, schedule, geometry, backward=backward)
         workers = [Worker(p, i, settings) for p, i in zip(programs, inputs, strict=True)]
         exchange_in_lockstep(programs, workers)
         return workers

@@ -7,6 +7,7 @@ each, so that a record of several tensors costs one send. Sums are accumulated a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,6 +35,17 @@ COMPONENTS: dict[Kind, tuple[Axes, ...]] = {
     "dkv": (_DATA, _DATA),
 }
 Record = tuple[Tensor, ...]
+
+
+class _Spec(NamedTuple):
+    """One tensor of a record, and its bytes ``start`` to ``stop`` in the message."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int
+    stop: int
+
+
 _ALIGN = 16
 
 
@@ -65,12 +77,15 @@ class Worker:
         self.sum_dtype = accumulation_dtype(query.dtype)
         self.records: dict[int, Record] = dict(enumerate(inputs))
         self.flats: dict[int, Tensor] = {}
-        self.received: list[tuple[Receive, Tensor]] = []
+        self._known_specs: dict[tuple[Kind, int, int], tuple[list[_Spec], int]] = {}
 
     # Messages
 
-    def _specs(self, kind: Kind, num_tokens: int, num_heads: int) -> list[tuple[tuple[int, ...], torch.dtype, int]]:
-        """Shape, dtype and byte offset of each tensor of a record in its message, then the total as a last offset."""
+    def _specs(self, kind: Kind, num_tokens: int, num_heads: int) -> tuple[list[_Spec], int]:
+        """The tensors of a record in its message, and the bytes of the message."""
+        found = self._known_specs.get((kind, num_tokens, num_heads))
+        if found is not None:
+            return found
         specs, offset = [], 0
         for axes in COMPONENTS[kind]:
             if axes is _DATA:
@@ -78,22 +93,15 @@ class Worker:
                 dtype = self.input_dtype if kind in ("q", "kv", "do") else self.sum_dtype
             else:
                 shape, dtype = (self.batch, num_heads, num_tokens), self.sum_dtype
-            specs.append((shape, dtype, offset))
-            num = dtype.itemsize
-            for size in shape:
-                num *= size
-            offset += -(-num // _ALIGN) * _ALIGN
-        return [*specs, ((), torch.uint8, offset)]
+            num_bytes = math.prod(shape) * dtype.itemsize
+            specs.append(_Spec(shape, dtype, offset, offset + num_bytes))
+            offset += -(-num_bytes // _ALIGN) * _ALIGN
+        self._known_specs[kind, num_tokens, num_heads] = specs, offset
+        return specs, offset
 
     def _views(self, flat: Tensor, kind: Kind, num_tokens: int, num_heads: int) -> Record:
-        specs = self._specs(kind, num_tokens, num_heads)
-        views = []
-        for shape, dtype, offset in specs[:-1]:
-            num = dtype.itemsize
-            for size in shape:
-                num *= size
-            views.append(flat[offset : offset + num].view(dtype).view(shape))
-        return tuple(views)
+        specs, _ = self._specs(kind, num_tokens, num_heads)
+        return tuple(flat[s.start : s.stop].view(s.dtype).view(s.shape) for s in specs)
 
     def message(self, region: Region) -> Tensor:
         """The region packed into one flat uint8 tensor; an arrival that is passed on whole is not copied."""
@@ -110,8 +118,7 @@ class Worker:
 
     def empty_message(self, kind: Kind, num_tokens: int, num_heads: int) -> Tensor:
         """A flat uint8 tensor with room for a record."""
-        num_bytes = self._specs(kind, num_tokens, num_heads)[-1][2]
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        return torch.empty(self._specs(kind, num_tokens, num_heads)[1], dtype=torch.uint8, device=self.device)
 
     def outgoing(self, send: Send) -> Tensor:
         return self.message(send.region)
@@ -152,10 +159,8 @@ class Worker:
         if buffer not in self.records:
             piece = self.program.buffers[buffer].piece
             num_tokens, num_heads = sum(b - a for a, b in piece.tokens), piece.heads[1] - piece.heads[0]
-            specs = self._specs(piece.kind, num_tokens, num_heads)
-            self.records[buffer] = tuple(
-                torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype, _ in specs[:-1]
-            )
+            specs, _ = self._specs(piece.kind, num_tokens, num_heads)
+            self.records[buffer] = tuple(torch.empty(s.shape, dtype=s.dtype, device=self.device) for s in specs)
         return self.records[buffer]
 
     def write(self, write: Write, record: Record) -> None:
@@ -244,5 +249,3 @@ def _narrow(tensor: Tensor, axes: Axes, token: int, num_tokens: int, head: int, 
     if tensor.shape[axes.heads] != num_heads:
         tensor = tensor.narrow(axes.heads, head, num_heads)
     return tensor
-
-

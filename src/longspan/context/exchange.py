@@ -43,9 +43,14 @@ class Exchange:
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Callable[[], None]]:
         """Start all messages of one step; returns for each receive a function that waits until its bytes are there."""
-        if not sends and not receives:
-            return []
-        return self._post_nccl(sends, receives) if self.nccl else self._post_gloo(sends, receives)
+        earlier, self._sending = self._sending, []
+        waits: list[Callable[[], None]] = []
+        if sends or receives:
+            waits = self._post_nccl(sends, receives) if self.nccl else self._post_gloo(sends, receives)
+        # What went out in an earlier step is let go now: kept to the end, a ring would hold every rank's keys. Every
+        # rank posts a step before it waits for an earlier one, so this waits for no more than a slow neighbour.
+        _finish(earlier)
+        return waits
 
     def _post_gloo(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Callable[[], None]]:
         waits = []
@@ -75,9 +80,13 @@ class Exchange:
 
     def finish(self) -> None:
         """Wait until everything posted has been sent."""
-        for work, _ in self._sending:
-            work.wait()
-        self._sending.clear()
+        _finish(self._sending)
+
+
+def _finish(sending: list[tuple[dist.Work, Tensor]]) -> None:
+    for work, _ in sending:
+        work.wait()
+    sending.clear()
 
 
 def _waiter(works: list[dist.Work], target: Tensor, staged: Tensor | None) -> Callable[[], None]:

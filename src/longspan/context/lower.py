@@ -201,6 +201,13 @@ class _Lowering:
         parts: list[Part] = []
         for first, last in stretches(columns):
             head, num_heads = cuts[first_head + first], cuts[first_head + last] - cuts[first_head + first]
+            if len(columns[first]) == 1:
+                ((buffer, tokens),) = columns[first].items()
+                source = self.buffers[buffer].piece
+                if source.tokens == piece.tokens and tokens == self.atoms.bits(piece.tokens):
+                    heads = head - source.heads[0], head - piece.heads[0]
+                    parts.append(Part(buffer, 0, heads[0], 0, heads[1], count(piece.tokens), num_heads))
+                    continue
             runs = [
                 (self._place(piece.tokens, start), self._place(held_tokens, start), buffer, stop - start)
                 for buffer, tokens in columns[first].items()
@@ -297,9 +304,19 @@ def _union(held: Held) -> int:
     return union
 
 
-def lower(phase: Phase, schedule: Schedule, geometry: Geometry, rank: int, *, backward: bool) -> Program:
-    """One rank's program of a (pruned, checked) phase."""
-    state = _Lowering(phase, schedule, atoms_of(phase, schedule, geometry), rank, backward=backward)
+def lower_all(phase: Phase, schedule: Schedule, geometry: Geometry, *, backward: bool) -> list[Program]:
+    """Every rank's program of a (pruned, checked) phase."""
+    atoms = atoms_of(phase, schedule, geometry)
+    ranks = range(schedule.layout.world)
+    return [lower(phase, schedule, geometry, rank, backward=backward, atoms=atoms) for rank in ranks]
+
+
+def lower(
+    phase: Phase, schedule: Schedule, geometry: Geometry, rank: int, *, backward: bool, atoms: Atoms | None = None
+) -> Program:
+    """One rank's program of a (pruned, checked) phase; ``atoms`` where the caller has them already."""
+    atoms = atoms_of(phase, schedule, geometry) if atoms is None else atoms
+    state = _Lowering(phase, schedule, atoms, rank, backward=backward)
     posted, landing, computed = defaultdict(list), defaultdict(list), defaultdict(list)
     for index, move in enumerate(phase.moves):
         if rank in (move.src, move.dst):

@@ -111,6 +111,12 @@ def _settings(q: Tensor, at: Bound) -> Settings:
     return Settings(pick(q, softcap=at.softcap, name=at.kernel), scale, at.softcap)
 
 
+def _own(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor with a storage of its own: results that arrived in one message are views of it."""
+    x = x.to(dtype).contiguous()
+    return x if x.untyped_storage().nbytes() == x.numel() * x.itemsize else x.clone()
+
+
 @torch.library.custom_op("longspan::attention", mutates_args=())
 def attention_op(q: Tensor, k: Tensor, v: Tensor, handle: int) -> tuple[Tensor, Tensor]:
     """Local (out, lse) of a bound schedule: q (b, l, h, d), k and v (b, l, g, d) -> (b, l, h, d) and (b, h, l)."""
@@ -118,7 +124,7 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, handle: int) -> tuple[Tensor, 
     _validate(q, k, v, at.built)
     worker = _execute(at.built.forward, [(q,), (k, v)], at, _settings(q, at))
     out, lse = worker.result()
-    return out.to(q.dtype).contiguous(), lse.contiguous()
+    return _own(out, q.dtype), _own(lse, lse.dtype)
 
 
 @attention_op.register_fake
@@ -136,7 +142,7 @@ def attention_backward_op(
     at = bound(handle)
     worker = _execute(at.built.backward, [(q,), (k, v), (dout, lse, delta)], at, _settings(q, at))
     (dq,), (dk, dv) = worker.result(0), worker.result(1)
-    return tuple(x.to(q.dtype).contiguous() for x in (dq, dk, dv))  # type: ignore[return-value]
+    return _own(dq, q.dtype), _own(dk, q.dtype), _own(dv, q.dtype)
 
 
 @attention_backward_op.register_fake

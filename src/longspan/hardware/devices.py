@@ -148,6 +148,12 @@ def default_device(local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
+def resident_bytes(device: torch.device | str) -> int:
+    """The memory this process holds on a device now: what tensors take of a GPU, what is resident on the CPU."""
+    device = torch.device(device)
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
 def peak_memory_bytes(device: torch.device | str) -> int:
     """The most memory this process has held on a device.
 

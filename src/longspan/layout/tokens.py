@@ -20,15 +20,15 @@ import numpy as np
 
 
 class Segment(NamedTuple):
-    """Global positions ``start, start + step, ...``, ``count`` of them."""
+    """Global positions ``start, start + step, ...``, ``num_tokens`` of them."""
 
     start: int
     step: int
-    count: int
+    num_tokens: int
 
 
 class Placed(NamedTuple):
-    """A segment and the slots it fills: slots ``[slot, slot + segment.count)``."""
+    """A segment and the slots it fills: slots ``[slot, slot + segment.num_tokens)``."""
 
     slot: int
     segment: Segment
@@ -39,13 +39,18 @@ class Layout:
     """Every token of ``num_tokens`` on exactly one of ``len(ranks)`` ranks.
 
     Raises ValueError where the segments do not hold every global position exactly once, where ranks' loads differ by
-    more than one token, or where the segments' steps differ.
+    more than one token, or where the segments' steps differ or are not positive.
     """
 
     name: str
     ranks: tuple[tuple[Segment, ...], ...]
 
     def __post_init__(self) -> None:
+        if not self.ranks:
+            raise ValueError(f"layout {self.name!r} must have at least one rank, got none; give each rank its segments")
+        steps = {segment.step for segments in self.ranks for segment in segments if segment.num_tokens}
+        if steps and min(steps) < 1:
+            raise ValueError(f"layout {self.name!r} must use positive steps, got {min(steps)}; turn the segment round")
         positions = self.global_positions
         if not np.array_equal(np.sort(positions), np.arange(len(positions))):
             raise ValueError(f"layout {self.name!r} must hold every position exactly once; check its segments")
@@ -53,8 +58,8 @@ class Layout:
             raise ValueError(
                 f"layout {self.name!r} must give every rank floor(s/w) or ceil(s/w) tokens, got {self.local_sizes}"
             )
-        if len({segment.step for segments in self.ranks for segment in segments if segment.count}) > 1:
-            raise ValueError(f"layout {self.name!r} must use one step for all its segments")
+        if len(steps) > 1:
+            raise ValueError(f"layout {self.name!r} must use one step for all its segments, got {sorted(steps)}")
 
     @property
     def world(self) -> int:
@@ -63,7 +68,7 @@ class Layout:
     @cached_property
     def local_sizes(self) -> tuple[int, ...]:
         """Number of tokens of each rank."""
-        return tuple(sum(segment.count for segment in segments) for segments in self.ranks)
+        return tuple(sum(segment.num_tokens for segment in segments) for segments in self.ranks)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -84,9 +89,9 @@ class Layout:
         placed, slot = [], 0
         for segments in self.ranks:
             for segment in segments:
-                if segment.count:
+                if segment.num_tokens:
                     placed.append(Placed(slot, segment))
-                    slot += segment.count
+                    slot += segment.num_tokens
         return tuple(placed)
 
     @cached_property

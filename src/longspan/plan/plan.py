@@ -93,7 +93,8 @@ class Plan:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 raise ValueError(
-                    f"unknown key {key!r} in a plan" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+                    f"unknown key {key!r} in a plan"
+                    + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
                 )
             if type(value) is not type(known[key].default):
                 kind = type(known[key].default).__name__

@@ -214,8 +214,8 @@ class CheckpointStore:
             )  # fmt: skip
 
     def _write(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> _Failure | None:
-        partial = self.directory / (step_name(step) + PARTIAL)
-        failure = self._on_rank_0(lambda: _guard(lambda: _fresh_directory(partial)))
+        partial = self.directory / (step_name(step) + PARTIAL)  # not there: _prepare and failed saves remove theirs
+        failure = self._on_rank_0(lambda: _guard(lambda: partial.mkdir(parents=True)))
         if failure is None:
             try:
                 writer = Writer(partial)
@@ -397,8 +397,3 @@ def _guard_value(call: Callable[[], Any]) -> Any:
 
 def _say(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def _fresh_directory(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)

@@ -53,8 +53,8 @@ class ModelConfig:
             return found
         if min(self.layers, self.width, self.heads) < 1 or self.width % self.heads:
             raise ValueError(
-                f"layers, width and heads must be positive and heads must divide width, got {self.layers}, {self.width} "
-                f"and {self.heads}; change --model.width or --model.heads"
+                f"layers, width and heads must be positive and heads must divide width, got {self.layers}, "
+                f"{self.width} and {self.heads}; change --model.width or --model.heads"
             )
         return DecoderConfig(
             num_layers=self.layers,
@@ -78,7 +78,7 @@ class BatchConfig:
 
     Args:
         steps: optimiser steps.
-        tokens: tokens of a step over all ranks; a multiple of every length.
+        tokens: tokens of a step over all ranks, a multiple of every shorter length; one row where rows are longer.
         length: tokens of a row (the sequence that context parallelism splits).
         start_length: length warm-up: rows start this long and double up to ``length``; 0 for none.
         warmup_fraction: part of the steps with rows shorter than ``length``.

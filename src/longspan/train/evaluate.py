@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from longspan.attention import masks
 from longspan.context.sequence import SequenceContext
@@ -49,6 +50,9 @@ def total_nats(
             rows = windows.tokens[:1], torch.full_like(windows.labels[:1], NO_LABEL)
         loss, count = model.loss(_local(rows[0], ctx, device), _local(rows[1], ctx, device), ctx)
         nats, labels = nats + float(loss), labels + int(count)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # without a backward, parameters would stay gathered, and exports would not be sharded
     total, number = reduce_sums([nats, float(labels)])
     return total, int(number)
 

@@ -84,7 +84,13 @@ def sample(setting: Setting, folder: Path, device: torch.device) -> str:
     prompt = torch.from_numpy(setting.tokenizer.encode(setting.config.prompt))[None]
     stop = {setting.tokenizer.separator_id}
     steps = generate(
-        model, prompt, max_new_tokens=_SAMPLE_TOKENS, temperature=0.8, top_p=0.95, seed=setting.config.seed, stop_ids=stop
+        model,
+        prompt,
+        max_new_tokens=_SAMPLE_TOKENS,
+        temperature=0.8,
+        top_p=0.95,
+        seed=setting.config.seed,
+        stop_ids=stop,
     )
     ids = [step[0] for step in steps]
     return setting.tokenizer.decode([token for token in ids if token not in stop])
@@ -135,7 +141,7 @@ def _report(
         for rank, peak in enumerate(outcome.peak_bytes)
     ]
     ownership = [
-        [(s.start, s.start + (s.count - 1) * s.step + 1, s.step) for s in segments if s.count]
+        [(s.start, s.start + (s.num_tokens - 1) * s.step + 1, s.step) for s in segments if s.num_tokens]
         for segments in layout.ranks
     ]
     parameters = sum(p.numel() for p in trainer.model.parameters())

@@ -227,12 +227,13 @@ def local_ranks(
         local_addr="localhost",
         max_restarts=0,
         monitor_interval=0.1,
-        **({"shutdown_timeout": _SHUTDOWN_S} if "shutdown_timeout" in LaunchConfig.__dataclass_fields__ else {}),
         signals_to_handle="SIGHUP,SIGQUIT",
         logs_specs=DefaultLogsSpecs(
             log_dir=str(logs), redirects={rank: Std.ALL if rank else Std.NONE for rank in range(num_ranks)}
         ),
     )
+    if hasattr(config, "shutdown_timeout"):  # not in every torch from 2.11 on
+        config.shutdown_timeout = _SHUTDOWN_S
     # torch substitutes ${...} in arguments; a dollar of the user's is a dollar.
     arguments = [argument.replace("$", "$$") for argument in (*command, *argv)]
     keep_logs = log_dir is not None

@@ -68,7 +68,9 @@ def layer_kinds(config: DecoderConfig) -> tuple[LayerKind, ...]:
     )
 
 
-def make_model(config: DecoderConfig, plan: Plan, mesh: Mesh, device: torch.device, seed: int, init: Path | None) -> DecoderLM:
+def make_model(
+    config: DecoderConfig, plan: Plan, mesh: Mesh, device: torch.device, seed: int, init: Path | None
+) -> DecoderLM:
     """A model made on the meta device, split by the plan, of which each rank fills only its own part."""
     model = build(config, device="meta", dtype=torch.float32)
     parallelise(model, plan, mesh)
@@ -157,8 +159,8 @@ class Trainer:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not (math.isfinite(loss) and math.isfinite(norm.item())):
             raise NotFiniteError(
-                f"the loss of step {step} is {loss:g} and the gradient's norm {norm.item():g}: stopped before the optimiser "
-                f"step; the largest gradient is in {largest_gradient(self.model)}"
+                f"the loss of step {step} is {loss:g} and the gradient's norm {norm.item():g}: stopped before the "
+                f"optimiser step; the largest gradient is in {largest_gradient(self.model)}"
             )
         if self.config.optim.clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, norm)

@@ -46,4 +46,3 @@ def parallelise(model: DecoderLM, plan: Plan, mesh: Mesh) -> None:
         fully_shard(block, mesh=mesh.parameters, mp_policy=policy, reshard_after_forward=again)
     fully_shard(model, mesh=mesh.parameters, mp_policy=policy, reshard_after_forward=again)
     register_fsdp_forward_method(model, "loss")
-    register_fsdp_forward_method(model, "hidden")

@@ -1,8 +1,8 @@
 """A whole training run on one rank: data, model, loop, checkpoints, and what is left behind at the end.
 
 ``run`` is what every rank executes, however it was started (alone, by ``--ranks``, torchrun or Slurm). Everything is
-written below ``config.out``: config.json, plan.json, metrics.jsonl, checkpoints/, model/ (a Hugging Face checkpoint) and
-report.html.
+written below ``config.out``: config.json, plan.json, model.json, metrics.jsonl, checkpoints/, model/ (for Hugging Face)
+and report.html.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -125,8 +126,19 @@ def run(config: TrainConfig, command: str = "") -> Path | None:
     torch.manual_seed(config.seed)
     try:
         setting = resolve(config, launch.world_size, command)
+        if joined.staged and setting.plan.shard != "none":
+            raise ValueError(
+                f"ranks that share one GPU talk through gloo, which cannot shard CUDA tensors, got shard "
+                f"{setting.plan.shard}; use shard none, or a GPU for each rank"
+            )
         watchdog_s = config.timeout_s + 10 if joined.device.type == "cuda" and not joined.staged else None
-        with Heartbeat(config.out / "heartbeats", launch.rank, launch.world_size, watchdog_s=watchdog_s) as heart:
+        with Heartbeat(
+            config.out / "heartbeats",
+            launch.rank,
+            launch.world_size,
+            timeout_s=config.timeout_s,
+            watchdog_s=watchdog_s,
+        ) as heart:
             return _train(setting, joined.device, heart)
     finally:
         dist.destroy_process_group()
@@ -164,36 +176,41 @@ def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> Path | N
     began = time.perf_counter()
     stop_reason = ""
     meter = Meter(device)
-    loader = BatchLoader(
-        TokenStream(setting.train, config.seed),
-        setting.batches,
-        step=min(done, total),
-        position=position,
-        data_rank=trainer.mesh.data_rank,
-        data_size=trainer.mesh.data_size,
-        prepare=trainer.prepare,
-        num_workers=config.data_workers,
-    )
+
+    def batches() -> BatchLoader:
+        return BatchLoader(
+            TokenStream(setting.train, config.seed),
+            setting.batches,
+            step=min(done, total),
+            position=position,
+            data_rank=trainer.mesh.data_rank,
+            data_size=trainer.mesh.data_size,
+            prepare=trainer.prepare,
+            num_workers=config.data_workers,
+        )
+
+    loader = batches()
+    steps = steps_of(loader)
     with (
-        loader,
+        ExitStack() as opened,
         InterruptFlag(announce="longspan: saving, then leaving" if rank == 0 else None) as interrupt,
         TrainProgress(total, start_step=done, enabled=rank == 0) as progress,
     ):
+        opened.callback(lambda: loader.close())
 
         def save() -> None:
             meta: dict[str, Any] = {"step": done, "position": position, "config": config.to_dict()}
             store.save_async(done, trainer.model, trainer.optimizer, meta | {"plan": setting.plan.to_dict()})
 
-        for micros in steps_of(loader):
+        while done < total and not stop_reason:
             heart.beat(done + 1)
+            micros = next(steps)
             figures = trainer.step(done, total, micros)
             done, position = done + 1, micros[-1][0].position
             shape = setting.batches.at(done - 1)
             rate, memory = meter.read(shape.rows * shape.length)
             if isinstance(metrics, MetricsWriter):
-                metrics.step(
-                    done, **figures, tokens_per_s=rate, memory_bytes=memory, sequence_length=shape.length
-                )
+                metrics.step(done, **figures, tokens_per_s=rate, memory_bytes=memory, sequence_length=shape.length)
                 progress.update(
                     done,
                     loss=figures["loss"],
@@ -207,12 +224,22 @@ def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> Path | N
                 value = bits(trainer, setting, context)
                 if isinstance(metrics, MetricsWriter):
                     metrics.eval(done, loss=value, sequence_length=context, unit="bits per byte")
-            stop_reason = _agreed_stop(interrupt.requested, config.limit_s, time.perf_counter() - began)
+            interrupted, elapsed_s = _agreed(interrupt.requested, time.perf_counter() - began)
+            if interrupted:
+                stop_reason = "interrupted"
+            elif config.limit_s and elapsed_s > config.limit_s:
+                stop_reason = "time limit"
             if stop_reason or (config.save_every and done % config.save_every == 0):
                 save()
                 saved = done
-            if stop_reason:
-                break
+            later = _catch_up(setting, done, elapsed_s)
+            if later > done and not stop_reason:
+                if isinstance(metrics, MetricsWriter):
+                    metrics.event(done, f"steps {done + 1} to {later} left out, to keep within {config.limit_s:g} s")
+                loader.close()
+                done = later
+                loader = batches()
+                steps = steps_of(loader)
         if saved != done:
             save()
         landed = store.wait()
@@ -245,13 +272,28 @@ def _time_left(setting: Setting, done: int, elapsed_s: float) -> float:
     return min(left_s, max(0.0, limit_s - elapsed_s)) if limit_s else left_s
 
 
-def _agreed_stop(interrupted: bool, limit_s: float, elapsed_s: float) -> str:
-    """Why to stop now: the same answer on all ranks."""
-    flags = torch.tensor([int(interrupted), int(bool(limit_s) and elapsed_s > limit_s)])
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    if flags[0]:
-        return "interrupted"
-    return "time limit" if flags[1] else ""
+def _agreed(interrupted: bool, elapsed_s: float) -> tuple[bool, float]:
+    """Whether any rank was interrupted, and the latest clock: the same answer on all ranks."""
+    values = torch.tensor([float(interrupted), elapsed_s], dtype=torch.float64)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return bool(values[0]), float(values[1])
+
+
+def _catch_up(setting: Setting, done: int, elapsed_s: float) -> int:
+    """With a time limit, a length that has used its share of the time (by tokens) gives way to the next one.
+
+    So that a slow machine, too, comes to the full length and to the end of the learning rate's decay.
+    """
+    limit_s = setting.config.limit_s
+    if not limit_s:
+        return done
+    total, end, tokens = setting.batches.num_steps, 0, 0
+    for stage in setting.batches.stages:
+        end += stage.steps
+        tokens += stage.steps * stage.rows * stage.length
+        if done < end:
+            return end if elapsed_s > limit_s * tokens / setting.batches.num_tokens and end < total else done
+    return done
 
 
 __all__ = ["NotFiniteError", "Setting", "run"]

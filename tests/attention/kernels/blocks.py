@@ -14,6 +14,8 @@ from longspan.attention.kernels import Kernel
 from longspan.attention.patterns import PATTERNS
 from tests.oracles.attention import Dense, dense_attention
 
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
 MASKS = {
     "full": masks.full(37),
     "causal": masks.causal(37),
@@ -39,16 +41,20 @@ def block(mask: str, ranges: str) -> tuple[Bands, int, int]:
     return shift(cut(MASKS[mask].bands, q, k), -q[0], -k[0]), q[1] - q[0], k[1] - k[0]
 
 
-def tensors(num_q: int, num_k: int, h: int, g: int, *, d: int = 5, b: int = 2, dtype=torch.float64, device="cpu"):
+def tensors(
+    num_q: int, num_k: int, h: int, g: int, *, d: int = 5, b: int = 2, dtype=torch.float64, device="cpu"
+) -> Inputs:
     """q, k, v, dout of a block."""
     generator = torch.Generator().manual_seed(num_q * 1000 + num_k * 10 + h)
     shapes = ((b, num_q, h, d), (b, num_k, g, d), (b, num_k, g, d), (b, num_q, h, d))
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes]
+    q, k, v, dout = (torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes)
+    return q, k, v, dout
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, bands: Bands, **options: Any) -> Dense:
-    arrays = [x.detach().cpu().double().numpy() for x in (q, k, v, dout)]
-    return dense_attention(*arrays, dense(bands, q.shape[1], k.shape[1]), **options)
+    arrays = (x.detach().cpu().double().numpy() for x in (q, k, v, dout))
+    q_array, k_array, v_array, dout_array = arrays
+    return dense_attention(q_array, k_array, v_array, dout_array, dense(bands, q.shape[1], k.shape[1]), **options)
 
 
 def run(
@@ -56,8 +62,8 @@ def run(
 ) -> dict[str, np.ndarray]:
     """out, lse and the gradients of a kernel; its backward gets the true lse and delta."""
     out, lse = kernel.forward(q, k, v, bands, scale=scale, softcap=softcap)
-    rows = [torch.from_numpy(x).to(lse) for x in (truth.lse, truth.delta)]
-    grads = kernel.backward(dout, q, k, v, *rows, bands, scale=scale, softcap=softcap)
+    row_lse, delta = (torch.from_numpy(x).to(lse) for x in (truth.lse, truth.delta))
+    grads = kernel.backward(dout, q, k, v, row_lse, delta, bands, scale=scale, softcap=softcap)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     assert {x.dtype for x in (out, lse, *grads)} == {wide}
     assert [x.shape for x in (out, *grads)] == [x.shape for x in (q, q, k, v)]

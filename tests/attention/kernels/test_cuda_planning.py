@@ -8,14 +8,17 @@ The real operators are tested in ``tests/gpu``.
 from __future__ import annotations
 
 import inspect
+import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from longspan.attention import masks
-from longspan.attention.bands import dense
+from longspan.attention.bands import Band, dense, tighten
 from longspan.attention.kernels import cudnn, flex
+from longspan.attention.kernels.calls import plan_windows, window
 from longspan.attention.kernels.cuda_flash import CudaFlash
 from longspan.attention.kernels.cudnn import Cudnn
 from longspan.attention.kernels.flex import BLOCK, GROUP, block_table, element_mask, local_cotangents
@@ -47,28 +50,31 @@ def corner_window(num_q: int, num_k: int, left: int, right: int) -> Tensor:
 
 
 def flash_forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *,
-                  scale=None, window_size_left=None, window_size_right=None):  # fmt: skip
+                  scale=1.0, window_size_left=-1, window_size_right=-1):  # fmt: skip
     assert cum_seq_q is None and cum_seq_k is None and dropout_p == 0 and not is_causal and not return_debug_mask
     assert (max_q, max_k) == (query.shape[1], key.shape[1]) and {x.stride(-1) for x in (query, key, value)} == {1}
     allowed = corner_window(max_q, max_k, window_size_left, window_size_right)
     assert allowed.any(1).all() and allowed.any(0).all()
-    out, lse = attend(*(x.transpose(1, 2) for x in (query, key, value)), allowed, scale)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    out, lse = attend(query, key, value, allowed, scale)
     return out.transpose(1, 2), torch.nn.functional.pad(lse, (0, 5), value=torch.nan), None, None, None
 
 
 def flash_backward(grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p,
-                   is_causal, rng_state, unused, *, scale=None, window_size_left=None, window_size_right=None):  # fmt: skip
+                   is_causal, rng_state, unused, *, scale=1.0, window_size_left=-1,
+                   window_size_right=-1):  # fmt: skip
     assert cum_seq_q is None and cum_seq_k is None and dropout_p == 0 and not is_causal
     assert (max_q, max_k) == (query.shape[1], key.shape[1])
     assert logsumexp.is_contiguous() and grad_out.is_contiguous() and out.is_contiguous()
     assert isinstance(rng_state, Tensor) and isinstance(unused, Tensor)
     allowed = corner_window(max_q, max_k, window_size_left, window_size_right)
-    heads_first = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
-    return tuple(x.transpose(1, 2) for x in gradients(*heads_first, logsumexp, allowed, scale))
+    grad_out, query, key, value, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
+    grads = gradients(grad_out, query, key, value, out, logsumexp, allowed, scale)
+    return tuple(x.transpose(1, 2) for x in grads)
 
 
 def cudnn_forward(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False,
-                  return_debug_mask=False, *, scale=None):  # fmt: skip
+                  return_debug_mask=False, *, scale=1.0):  # fmt: skip
     assert attn_bias is None and compute_log_sumexp and dropout_p == 0 and not return_debug_mask
     allowed = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
     out, lse = attend(query, key, value, allowed.tril() if is_causal else allowed, scale)
@@ -76,7 +82,7 @@ def cudnn_forward(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.
 
 
 def cudnn_backward(grad_out, query, key, value, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q,
-                   cum_seq_k, max_q, max_k, dropout_p, is_causal, *, scale=None):  # fmt: skip
+                   cum_seq_k, max_q, max_k, dropout_p, is_causal, *, scale=1.0):  # fmt: skip
     assert attn_bias is None and cum_seq_q is None and cum_seq_k is None and dropout_p == 0
     assert (max_q, max_k) == (query.shape[2], key.shape[2]) and grad_out.stride() == out.stride()
     assert logsumexp.shape == (*query.shape[:3], 1) and isinstance(philox_seed, Tensor)
@@ -123,7 +129,7 @@ def test_flex_blocks_and_elements(mask: str) -> None:
     q, k = torch.arange(37)[:, None], torch.arange(37)[None, :]
     none = torch.zeros(1)
     assert torch.equal(element_mask(table)(none, none, q, k), torch.from_numpy(dense(bands, 37, 37)))
-    scaled = tuple(type(b)(*(x * 12 for x in b[:4]), b.lo * 12, b.hi * 12) for b in bands)
+    scaled = tuple(Band._make(12 * x for x in b) for b in bands)
     partial, filled = block_table(scaled, 444, 440)
     assert partial.shape == (4, 4)
     allowed = torch.zeros(512, 512, dtype=torch.bool)
@@ -168,3 +174,29 @@ def test_flex_gradient_of_the_whole_row_from_local_results(softcap: float | None
 def test_reference_takes_what_the_others_do_not() -> None:
     q = torch.zeros(1, 2, 1, 3, dtype=torch.float64)
     assert Reference().supports(q, q, q, softcap=1.0) is None
+
+
+def flash_window(num_q: int, num_k: int, left: int, right: int) -> np.ndarray:
+    """What FlashAttention-2 does with a window: sides of num_k or more are "all", one open side counts as num_k."""
+    left, right = (-1 if side >= num_k else side for side in (left, right))
+    if left < 0 and right < 0:
+        return np.ones((num_q, num_k), dtype=bool)
+    left, right = (num_k if side < 0 else side for side in (left, right))
+    diagonal = np.arange(num_k)[None, :] - np.arange(num_q)[:, None] - (num_k - num_q)
+    return (diagonal >= -left) & (diagonal <= right)
+
+
+def test_every_band_survives_the_windows_of_flash_attention() -> None:
+    size = 7
+    for num_q, num_k, lo, hi in itertools.product(
+        range(1, size), range(1, size), range(-size, size), range(-size, size)
+    ):
+        band = tighten(Band(0, num_q, 0, num_k, lo, hi))
+        if band is None:
+            continue
+        got = np.zeros((num_q, num_k), dtype=bool)
+        for call in plan_windows((band,)):
+            sides = {"full": (-1, -1), "causal": (-1, 0)}.get(call.kind) or window(call)
+            rows, columns = slice(call.q0, call.q1), slice(call.k0, call.k1)
+            got[rows, columns] |= flash_window(call.q1 - call.q0, call.k1 - call.k0, *sides)
+        np.testing.assert_array_equal(got, dense((band,), num_q, num_k))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 
@@ -43,9 +42,10 @@ def test_float64_is_exact(name: str, mask: str, small_tiles: None) -> None:
             assert max(errors(run(KERNELS[name](), *inputs, bands, truth, scale=0.3), truth).values()) < 1e-12
 
 
-def limit(plain: float) -> float:
-    """Twice the plain formula's error; some roundings where it has none (with one key a row, its gradients are 0)."""
-    return 2 * plain if plain > 1e-12 else 4e-7
+def limit(plain: float, one_key: bool = False) -> float:
+    """Twice the plain formula's error. With one key a row that formula is exact (softmax of one score is 1, whatever
+    the score), where P = exp(score - lse) rounds."""
+    return max(2 * plain, 4e-7 if one_key else 0.0)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -59,8 +59,8 @@ def test_error_is_at_most_twice_that_of_the_plain_formula(dtype: torch.dtype, ma
             found = errors(run(KERNELS[name](), *inputs, bands, truth, scale=0.25), truth)
             allowed = plain_errors(*inputs, bands, truth, scale=0.25)
             for what in ("out", "dq", "dk", "dv"):
-                assert found[what] <= limit(allowed[what]), (name, what)
-            assert found["lse"] < 2e-6 * max(1, np.abs(truth.lse[np.isfinite(truth.lse)]).max(initial=0))
+                assert found[what] <= limit(allowed[what], mask == "self_only"), (name, what)
+            assert found["lse"] < (1e-6 if name == "reference" or dtype != torch.bfloat16 else 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -110,9 +110,10 @@ def test_unusual_strides_and_empty_blocks(name: str, small_tiles: None) -> None:
     heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, dout)]
     dims_first = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, v, dout)]
     for inputs in (heads_first, dims_first):
-        assert max(errors(run(kernel, *inputs, bands, truth, scale=0.3), truth).values()) < 1e-12
+        q, k, v, dout = inputs
+        assert max(errors(run(kernel, q, k, v, dout, bands, truth, scale=0.3), truth).values()) < 1e-12
     for q_stop, k_stop in ((0, 5), (5, 0), (0, 0)):
-        inputs = [q[:, :q_stop], k[:, :k_stop], v[:, :k_stop], dout[:, :q_stop]]
+        inputs = q[:, :q_stop], k[:, :k_stop], v[:, :k_stop], dout[:, :q_stop]
         truth = oracle(*inputs, (), scale=0.3)
         assert max(errors(run(kernel, *inputs, (), truth, scale=0.3), truth).values()) == 0
 

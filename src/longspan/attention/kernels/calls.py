@@ -156,8 +156,30 @@ def plan_windows(bands: Bands, min_square: int | None = None) -> tuple[Call, ...
         if squares and all(min(p.q1 - p.q0, p.k1 - p.k0) >= (min_square or 1) for p in squares):
             pieces += squares
         else:
-            pieces.append(_piece(band, "window"))
+            pieces += (_piece(part, "window") for part in _windows(band))
     return _numbered(pieces)
+
+
+def _windows(band: Band) -> Iterator[Band]:
+    """A tight band as bands whose window FlashAttention-2 honours.
+
+    It reads a right side of num_k or more as "all", and "all" beside a left side as num_k: too little for the first
+    rows of a tall block.
+    """
+    num_q, num_k = band.q1 - band.q0, band.k1 - band.k0
+    bounded_above = band.hi < band.k1 - 1 - band.q0
+    bounded_below = band.lo > band.k0 - (band.q1 - 1)
+    if bounded_above and band.hi + band.q0 - band.k0 - (num_k - num_q) >= num_k:
+        first = band.k1 - 1 - band.hi  # from this row on the upper diagonal does not bind
+    elif not bounded_above and bounded_below and num_q > num_k + 1:
+        first = band.k0 - band.lo + 1  # before this row the lower diagonal does not bind
+    else:
+        yield band
+        return
+    for rows in ((band.q0, first), (first, band.q1)):
+        part = intersect(band, rows, (band.k0, band.k1))
+        if part is not None:
+            yield from _windows(part)
 
 
 def window(call: Call) -> tuple[int, int]:

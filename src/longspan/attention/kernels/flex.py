@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo
 from torch import Tensor
 
 from longspan.attention.bands import Band, Bands, coalesce
@@ -25,6 +26,7 @@ from longspan.attention.merge import accumulator, merge_
 
 GROUP = 8  # bands of one call: the compiled mask has this many terms
 BLOCK = 128  # rows and columns of flex's blocks
+SHAPES = 1024  # graphs kept: blocks of a schedule come in a few shapes, and each is compiled once
 _NOTHING = Band(0, 0, 0, 0, 1, 0)
 
 
@@ -86,7 +88,8 @@ def _block_mask(bands: Bands, num_q: int, num_k: int, device: torch.device) -> A
 def _compiled() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    # One graph a shape: with dynamic shapes the lowering of torch 2.11 fails.
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def _attend(
@@ -98,16 +101,18 @@ def _attend(
     def bend(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap) if softcap is not None else score
 
-    out, aux = flex(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        score_mod=None if softcap is None else bend,
-        block_mask=_block_mask(bands, q.shape[1], k.shape[1], q.device),
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-        return_aux=AuxRequest(lse=True),
-    )
+    with torch._dynamo.config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=SHAPES):
+        out, aux = flex(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            score_mod=None if softcap is None else bend,
+            block_mask=_block_mask(bands, q.shape[1], k.shape[1], q.device),
+            scale=scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+            return_aux=AuxRequest(lse=True),
+            kernel_options={"BACKEND": "TRITON"},  # its variant for short queries does not take every shape
+        )
     return out.transpose(1, 2), aux.lse
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from longspan.context.methods.ring import ring
+from longspan.context.methods.ring import ring, zigzag_ring
 from longspan.context.schedule import Schedule
 from longspan.layout.tokens import Layout
 
@@ -31,7 +31,7 @@ METHODS: dict[str, Method] = {
         title="Zigzag ring (balanced for causal masks)",
         paper="zhuzilin/ring-flash-attention; Ring Attention, arXiv:2310.01889",
         layout="zigzag",
-        build=ring,
+        build=zigzag_ring,
     ),
 }
 

@@ -236,7 +236,7 @@ def warmup_plan(
 
     Args:
         steps: of the whole run.
-        tokens: tokens of every step, constant: shorter rows, more of them. Either this or
+        tokens: tokens of every step, constant: shorter rows, more of them (one where a row is longer). Either this or
         rows: rows of every step, constant: shorter rows, cheaper steps.
         fraction: part of the steps shorter than `length`, shared evenly by the shorter lengths, later ones first.
 
@@ -258,12 +258,13 @@ def warmup_plan(
     sizes = [*(stop - start for start, stop in reversed(counts)), steps - shorter]
     stages = []
     for size, stage_length in zip(sizes, lengths, strict=True):
-        if tokens is not None and tokens % stage_length:
+        if tokens is not None and tokens > stage_length and tokens % stage_length:
             raise ValueError(
-                f"tokens of a step must be a multiple of every length, got {tokens} with {stage_length}: change one"
+                f"tokens of a step must be a multiple of every shorter length, got {tokens} with {stage_length}: "
+                "change one"
             )
         if size:
-            stage_rows = rows if tokens is None else tokens // stage_length
+            stage_rows = rows if tokens is None else max(1, tokens // stage_length)
             assert stage_rows is not None
             stages.append(Stage(steps=size, rows=stage_rows, length=stage_length))
     return BatchPlan(stages=tuple(stages), packing=packing, micro_rows=micro_rows)

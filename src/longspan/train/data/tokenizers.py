@@ -211,7 +211,7 @@ _BYTES_MARK = "longspan_tokenizer.json"  # in a checkpoint folder: its tokens ar
 
 
 def load_tokenizer(name_or_path: str) -> Tokenizer:
-    """The tokenizer called "bytes", or that of a tokenizer.json, given the file or the (checkpoint) folder that holds it.
+    """The tokenizer called "bytes", or that of a tokenizer.json, given the file or the folder that holds it.
 
     Raises ValueError where there is no such file.
     """

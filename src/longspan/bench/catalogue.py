@@ -1,0 +1,241 @@
+"""The catalogue of what is here, generated from the visible tables: methods, layouts, masks, kernels, models.
+
+    python -m longspan.bench.catalogue            prints it
+    python -m longspan.bench.catalogue --write    rewrites README.md between its markers, and docs/methods.md
+
+A row's words are the first line of its docstring, or its card. What a row was *verified* on is the one thing that is
+written by hand, in ``VERIFIED`` below, and a row without it is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+from longspan.attention.kernels import KERNELS
+from longspan.attention.patterns import PATTERNS
+from longspan.context.methods import METHODS
+from longspan.layout.tokens import LAYOUTS
+from longspan.model.huggingface import ARCHITECTURES
+from longspan.model.recompute import Recompute
+
+BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
+REFRESH = "python -m longspan.bench.catalogue --write"
+
+
+class Row(NamedTuple):
+    """One thing that can be chosen by name."""
+
+    section: str
+    name: str
+    what: str
+    source: str
+    status: str
+
+
+SECTIONS: dict[str, str] = {
+    "method": "Context-parallel methods",
+    "layout": "Token layouts",
+    "pattern": "Mask patterns",
+    "kernel": "Attention kernels",
+    "architecture": "Checkpoints of Hugging Face",
+    "recompute": "Recomputation",
+}
+# How the value is passed: attention(method=...), shard(layout=...), ...
+CHOSEN_BY: dict[str, str] = {
+    "method": "`method=` of `attention`, `shard` and `unshard`; `auto` chooses",
+    "layout": "`layout=` of `attention`, `shard` and `unshard`; by default the method's, or the better balanced one",
+    "pattern": "`longspan.attention.patterns.PATTERNS[name](num_tokens, ...)`; see [Masks](masks.md)",
+    "kernel": "`kernel=` of `attention`; `auto` takes the first that can",
+    "architecture": "the checkpoint itself, in its config.json; see [Checkpoints](checkpoints.md)",
+    "recompute": "`recompute` of the plan",
+}
+
+_SCHEDULE = "run: gloo on CPU; emulate: 1–8 ranks"
+_CPU = "CPU: against float64, forward and gradients"
+_NO_CUDA = "CUDA: not measured yet"
+# What each row was shown on. A section's own entry ("pattern") holds for all its rows that have none.
+VERIFIED: dict[str, str] = {
+    "method/ring": _SCHEDULE,
+    "method/zigzag": _SCHEDULE,
+    "layout": _SCHEDULE,
+    "pattern": "equal to its definition, element by element",
+    "kernel/cudnn": _NO_CUDA,
+    "kernel/cuda_flash": _NO_CUDA,
+    "kernel/flex": _NO_CUDA,
+    "kernel/cpu_flash": _CPU,
+    "kernel/reference": _CPU,
+    "architecture": "logits equal transformers', both ways, random weights",
+    "recompute": "gradients equal those without, on CPU",
+}
+
+PLANNED = (
+    "Planned, and not here: the other published works that longspan means to gather. TokenRing, LightSeq, Ulysses, "
+    "BurstAttention and a double ring are so far written only as tests of the schedule language."
+)
+
+
+def _first_line(thing: object) -> str:
+    line = (inspect.getdoc(thing) or "").strip().partition("\n")[0].replace("``", "`")
+    return line if line.endswith("...") else line.rstrip(".")
+
+
+def _recompute_words() -> dict[str, str]:
+    return {
+        "none": "every activation is kept",
+        "full": "each block's input is kept, the block runs again in the backward",
+        "attention": "as full, but attention's output and lse are kept, so that attention does not run again",
+    }
+
+
+def methods_table() -> list[Row]:
+    """Every row of the visible tables, by section.
+
+    Raises:
+        ValueError: a row says nothing about what it was verified on, or ``VERIFIED`` names what is not there.
+    """
+    found: list[tuple[str, str, str, str]] = []
+    for name, method in METHODS.items():
+        found.append(("method", name, f"{method.title}; layout {method.layout}", method.paper))
+    for name, layout in LAYOUTS.items():
+        found.append(("layout", name, _first_line(layout), ""))
+    for name, pattern in PATTERNS.items():
+        long = "; a few long documents among many short ones" if name.endswith("_long") else ""
+        found.append(("pattern", name, f"{_first_line(pattern)}{long}", ""))
+    for name, kernel in KERNELS.items():
+        found.append(("kernel", name, _first_line(kernel), ""))
+    for name, architecture in ARCHITECTURES.items():
+        found.append(("architecture", name, f"model type {architecture.model_type}; import and export", ""))
+    words = _recompute_words()
+    for name in get_args(Recompute):
+        source = "Li et al. 2023, arXiv:2310.03294, section 3.4" if name == "attention" else ""
+        found.append(("recompute", name, words.get(name, ""), source))
+    used: set[str] = set()
+    rows = []
+    for section, name, what, source in found:
+        key = f"{section}/{name}" if f"{section}/{name}" in VERIFIED else section
+        if key not in VERIFIED or not what:
+            raise ValueError(
+                f"a row of the catalogue says what it is and what it was verified on, got none for {section} {name!r}; "
+                "give it a docstring and an entry in VERIFIED"
+            )
+        used.add(key)
+        rows.append(Row(section, name, what, source, VERIFIED[key]))
+    if stale := sorted(VERIFIED.keys() - used):
+        raise ValueError(f"VERIFIED may name only what is there, got {stale[0]!r}; remove it")
+    return rows
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+
+
+def render_readme() -> str:
+    """The README's table: methods with their papers, then one line a section."""
+    rows = methods_table()
+    lines = _table(
+        ("method", "what", "paper", "shown on"),
+        ((f"`{r.name}`", r.what, r.source, r.status) for r in rows if r.section == "method"),
+    )
+    others = []
+    for section, title in SECTIONS.items():
+        mine = [row for row in rows if row.section == section]
+        if section != "method" and mine:
+            statuses = dict.fromkeys(row.status for row in mine)
+            shown = (
+                next(iter(statuses))
+                if len(statuses) == 1
+                else "; ".join(f"{', '.join(r.name for r in mine if r.status == s)}: {s}" for s in statuses)
+            )
+            others.append((title, ", ".join(f"`{row.name}`" for row in mine), shown))
+    lines += ["", *_table(("beside them", "names", "shown on"), others), ""]
+    lines.append(f"{PLANNED} [Everything, with a line on each](docs/methods.md).")
+    return "\n".join(lines) + "\n"
+
+
+def render_markdown() -> str:
+    """The page docs/methods.md: every row, by section."""
+    rows = methods_table()
+    lines = [
+        "# Methods",
+        "",
+        f"Generated from the tables in the source by `{REFRESH}`; a test fails where this page is stale. A status says "
+        "what a row was shown on, and nothing more; `longspan doctor` says what your machine shows. *Run* is on "
+        "ranks of `torch.distributed`, *emulate* is all ranks in one process ([Schedules](schedules.md)).",
+    ]
+    for section, title in SECTIONS.items():
+        mine = [row for row in rows if row.section == section]
+        sources = any(row.source for row in mine)
+        head = ("name", "what", *(("source",) if sources else ()), "shown on")
+        body = ((f"`{r.name}`", r.what, *((r.source,) if sources else ()), r.status) for r in mine)
+        lines += ["", f"## {title}", "", f"Chosen by {CHOSEN_BY[section]}.", "", *_table(head, body)]
+    return "\n".join([*lines, "", "## Not here yet", "", PLANNED]) + "\n"
+
+
+def render_text() -> str:
+    """The catalogue for a terminal: a line a row, and in brackets what it, or its whole section, was shown on."""
+    rows = methods_table()
+    width = max(len(row.name) for row in rows)
+    blocks = []
+    for section, title in SECTIONS.items():
+        mine = [row for row in rows if row.section == section]
+        shared = mine[0].status if len({row.status for row in mine}) == 1 else None
+        head = title if shared is None else f"{title} [{shared}]"
+        own = [f"  {r.name:<{width}}  {r.what}{f' [{r.status}]' if shared is None else ''}" for r in mine]
+        blocks.append("\n".join([head, *own]))
+    return "\n\n".join([*blocks, PLANNED]).replace("`", "") + "\n"
+
+
+def print_methods() -> None:
+    """What ``longspan methods`` prints."""
+    sys.stdout.write(render_text())
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """The files that hold the catalogue and what they should say.
+
+    Raises:
+        ValueError: README.md or its markers are not there.
+    """
+    readme, page = root / "README.md", root / "docs" / "methods.md"
+    if not readme.is_file() or not page.parent.is_dir():
+        raise ValueError(f"the catalogue belongs in a checkout with README.md and docs/, got {root}; name its root")
+    text = readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"README.md must hold {BEGIN} and then {END}, once each; put them back")
+    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
+    return {readme: f"{before}{BEGIN}\n{render_readme()}{after}", page: render_markdown()}
+
+
+def stale(root: Path) -> list[Path]:
+    """The files whose catalogue is not what the tables say."""
+    return [
+        path
+        for path, text in pages(root).items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the catalogue, or with ``--write`` rewrites the files that hold it."""
+    parser = argparse.ArgumentParser(prog="python -m longspan.bench.catalogue", description="the catalogue of methods")
+    parser.add_argument("--write", action="store_true", help="rewrite README.md and docs/methods.md")
+    parser.add_argument("--root", type=Path, default=Path(__file__).parents[3], help="the checkout")
+    options = parser.parse_args(argv)
+    if not options.write:
+        sys.stdout.write(render_markdown())
+        return 0
+    for path in stale(options.root):
+        path.write_text(pages(options.root)[path], encoding="utf-8")
+        print(f"wrote {path.relative_to(options.root)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,206 @@
+"""What ranks do in the tests of ``run``: top-level functions, so that a rank can import them."""
+
+from __future__ import annotations
+
+import random
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.attention.masks import Mask, causal, full
+from longspan.context import attend, attention, shard, unshard
+from longspan.context.build import Built
+from longspan.context.check import check
+from longspan.context.engine import Worker
+from longspan.context.geometry import Geometry
+from longspan.context.lower import lower
+from longspan.context.passes import prune_schedule
+from longspan.context.run import Bound, bind
+from longspan.layout.tokens import Layout, make_layout
+from tests.context import prototypes
+from tests.context.cases import inputs
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention: a mask, heads, and how it is split."""
+
+    mask: Mask
+    num_heads: int
+    num_kv_heads: int
+    method: str  # of the package, or a prototype's name
+    layout: str
+    batch: int = 1
+    softcap: float | None = None
+
+
+def _prototype_handle(case: Case, layout: Layout, group: dist.ProcessGroup) -> int:
+    geometry = Geometry(case.mask, layout)
+    build = getattr(prototypes, case.method)
+    schedule = prune_schedule(build(layout, case.num_heads, case.num_kv_heads), geometry)
+    check(schedule, geometry)
+    rank = dist.get_rank(group)
+    forward = lower(schedule.forward, schedule, geometry, rank, backward=False)
+    backward = lower(schedule.backward, schedule, geometry, rank, backward=True)
+    built = Built(case.method, layout, case.num_heads, case.num_kv_heads, rank, forward, backward, "0")
+    return bind(Bound(built, group if layout.world > 1 else None, 0.7, case.softcap, "reference"))
+
+
+def attend_locally(case: Case, tensors: list[Tensor], group: dist.ProcessGroup) -> Tensor:
+    """The local output for local q, k, v."""
+    q, k, v = tensors
+    if hasattr(prototypes, case.method):
+        layout = make_layout(case.layout, case.mask.num_tokens, dist.get_world_size(group))
+        return attend(q, k, v, _prototype_handle(case, layout, group))
+    return attention(
+        q,
+        k,
+        v,
+        mask=case.mask,
+        group=group,
+        method=case.method,
+        layout=case.layout,
+        scale=0.7,
+        softcap=case.softcap,
+        kernel="reference",
+    )
+
+
+def split(case: Case, group: dist.ProcessGroup) -> tuple[list[Tensor], Tensor]:
+    """Local q, k, v (leaves) and the local gradient of the output."""
+    whole = inputs(case.mask.num_tokens, case.num_heads, case.num_kv_heads, b=case.batch)
+    local = [shard(x, case.mask, group, layout=case.layout) for x in whole]
+    return [x.requires_grad_() for x in local[:3]], local[3]
+
+
+def joined(case: Case, tensors: list[Tensor], group: dist.ProcessGroup) -> list[np.ndarray]:
+    return [unshard(x.detach(), case.mask, group, layout=case.layout).numpy() for x in tensors]
+
+
+def results(rank: int, world: int, cases: list[Case]) -> list[list[np.ndarray]]:
+    """Global out, dq, dk, dv of every case."""
+    group = dist.group.WORLD
+    assert group is not None
+    found = []
+    for case in cases:
+        leaves, dout = split(case, group)
+        out = attend_locally(case, leaves, group)
+        out.backward(dout)
+        found.append(joined(case, [out, *(x.grad for x in leaves if x.grad is not None)], group))
+    return found if rank == 0 else []
+
+
+def delayed_results(rank: int, world: int, cases: list[Case]) -> list[list[np.ndarray]]:
+    """The same, with every rank sleeping before blocks and landings as it likes."""
+    pause = random.Random(rank)
+    for name in ("compute", "arrive", "outgoing"):
+        _slow_down(name, pause)
+    return results(rank, world, cases)
+
+
+def _slow_down(name: str, pause: random.Random) -> None:
+    original: Callable = getattr(Worker, name)
+
+    def slowly(self, *args):
+        time.sleep(pause.choice((0, 0, 0.001, 0.01)))
+        return original(self, *args)
+
+    setattr(Worker, name, slowly)
+
+
+def two_at_once(rank: int, world: int, first: Case, second: Case) -> list[list[np.ndarray]]:
+    """Two attentions whose backward passes run in one, one feeding the other's queries too."""
+    group = dist.group.WORLD
+    assert group is not None
+    a, dout = split(first, group)
+    b, other = split(second, group)
+    x = attend_locally(first, a, group)
+    y = attend_locally(second, b, group)
+    ((x * dout).sum() + (y * other).sum()).backward()
+    grads = [[leaf.grad for leaf in leaves if leaf.grad is not None] for leaves in (a, b)]
+    return [joined(case, [out, *grad], group) for case, out, grad in ((first, x, grads[0]), (second, y, grads[1]))]
+
+
+def refusal(rank: int, world: int, how: str) -> tuple[str, float]:
+    """The message with which a rank refuses, and how long that took."""
+    group = dist.group.WORLD
+    odd = rank == world - 1
+    mask = full(8) if odd and how == "mask" else causal(8)
+    layout = "striped" if odd and how == "layout" else "contiguous"
+    method = "zigzag" if odd and how == "method" else "ring"
+    q = torch.zeros(1, 8 // world, 2, 4)
+    k = torch.zeros(1, 8 // world, 1 if odd and how == "heads" else 2, 4)
+    started_s = time.monotonic()
+    try:
+        attention(q, k, k, mask=mask, group=group, method=method, layout=layout)
+    except ValueError as error:
+        return str(error), time.monotonic() - started_s
+    return "", time.monotonic() - started_s
+
+
+def round_trips(rank: int, world: int, layouts: tuple[str, ...]) -> bool:
+    """shard and unshard invert each other for every layout, length, dim and dtype."""
+    group = dist.group.WORLD
+    for layout in layouts:
+        for num_tokens in (1, 2, 5, 13):
+            mask = causal(num_tokens)
+            sizes = []
+            for dim, shape in (
+                (1, (2, num_tokens, 3)),
+                (0, (num_tokens,)),
+                (2, (1, 2, num_tokens)),
+                (-1, (2, num_tokens)),
+            ):
+                for dtype in (torch.float64, torch.bfloat16, torch.int64, torch.bool):
+                    x = torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+                    local = shard(x, mask, group, dim=dim, layout=layout)
+                    own = make_layout(layout, num_tokens, world).positions(rank)
+                    assert torch.equal(local, x.index_select(dim, torch.from_numpy(own)))
+                    back = unshard(local, mask, group, dim=dim, layout=layout)
+                    assert back.dtype == dtype and torch.equal(back, x)
+                    sizes.append(local.shape[dim])
+            assert len(set(sizes)) == 1
+    return True
+
+
+def shard_gradient(rank: int, world: int) -> np.ndarray:
+    """The gradient of the sum of squares of this rank's tokens, on the global tensor."""
+    x = torch.arange(7, dtype=torch.float64).requires_grad_()
+    shard(x, causal(7), dist.group.WORLD, dim=0, layout="zigzag").square().sum().backward()
+    assert x.grad is not None
+    return x.grad.numpy()
+
+
+def most_messages_alive(rank: int, world: int, num_tokens: int) -> tuple[int, int]:
+    """The largest number of message bytes that were alive at once during a block, and the bytes of all messages."""
+    group = dist.group.WORLD
+    alive: list[weakref.ref] = []
+    total, peak = 0, 0
+    empty_message, compute = Worker.empty_message, Worker.compute
+
+    def counted(self, kind, tokens, heads):
+        nonlocal total
+        flat = empty_message(self, kind, tokens, heads)
+        total += flat.numel()
+        alive.append(weakref.ref(flat))
+        return flat
+
+    def measured(self, block):
+        nonlocal peak
+        # A record holds views: their base keeps the message.
+        held = {r().data_ptr(): r().numel() for r in alive if r() is not None}  # type: ignore[union-attr]
+        peak = max(peak, sum(held.values()))
+        return compute(self, block)
+
+    Worker.empty_message, Worker.compute = counted, measured  # type: ignore[method-assign]
+    q, k, v, _ = inputs(num_tokens, 1, 1, b=1, d=16)
+    mask = full(num_tokens)
+    local = [shard(x, mask, group, layout="contiguous") for x in (q, k, v)]
+    attention(*local, mask=mask, group=group, method="ring", layout="contiguous")
+    return peak, total

@@ -1,0 +1,240 @@
+"""Schedules on real gloo ranks: forward and every gradient against dense float64, delays, disagreement, refusals."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from longspan.attention import masks
+from longspan.context import SequenceContext, attend, attention, prepare, shard, unshard
+from longspan.context.build import build
+from longspan.context.choose import busiest, default_layout
+from longspan.context.run import bound, rebind, release
+from longspan.layout.tokens import make_layout
+from tests.context import ranked
+from tests.context.cases import LAYOUTS, MASKS, SHAPES, inputs
+from tests.context.ranked import Case
+from tests.oracles.attention import dense_attention
+from tests.ranks import run_ranks
+
+WORLDS = (1, 2, 3, 4)
+
+
+def _assert_exact(case: Case, got: list[np.ndarray]) -> None:
+    q, k, v, dout = inputs(case.mask.num_tokens, case.num_heads, case.num_kv_heads, b=case.batch)
+    expected = dense_attention(q, k, v, dout, case.mask.dense().numpy(), scale=0.7, softcap=case.softcap)
+    for mine, reference in zip(got, (expected.out, expected.dq, expected.dk, expected.dv), strict=True):
+        np.testing.assert_allclose(mine, reference, rtol=0, atol=1e-11, err_msg=str(case))
+
+
+def _pairs(world: int) -> list[Case]:
+    """Every pair of (mask, shape, layout, method) at least once, lengths in turn: a few more than 6 x 4 cases."""
+    methods = ("ring", "zigzag", "token_ring", "ulysses", "burst")
+    cases = []
+    for number, (mask, shape) in enumerate(itertools.product(MASKS, SHAPES)):
+        layout = LAYOUTS[(number + number // 4 + world) % 3]
+        method = methods[(number + 2 * (number // 4) + world) % 5]
+        s = (19, 23, 2)[number % 3] if mask in ("full", "causal") else (19, 23)[number % 2]
+        cases.append(Case(MASKS[mask](s), *shape, method, layout, batch=1 + number % 2))
+    if world % 2 == 0:
+        cases += [Case(masks.causal(19), 2, 1, "double_ring", layout) for layout in LAYOUTS]
+    cases.append(Case(masks.causal(19), 6, 3, "light_seq", "contiguous"))
+    cases.append(Case(masks.causal(19), 4, 2, "zigzag", "zigzag", softcap=3.0))
+    return cases
+
+
+def test_the_pairs_are_pairs() -> None:
+    cases = [case for world in WORLDS for case in _pairs(world)]
+    pairs = {(case.method, case.layout) for case in cases}
+    assert pairs >= set(itertools.product(("ring", "zigzag", "token_ring", "ulysses", "burst"), LAYOUTS))
+    shapes = {(case.num_heads, case.num_kv_heads, case.method) for case in cases}
+    assert shapes >= {(*shape, method) for shape in SHAPES for method in ("ring", "zigzag")}
+    assert {case.batch for case in cases} == {1, 2}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_forward_and_gradients_are_exact(world: int) -> None:
+    cases = _pairs(world)
+    for case, got in zip(cases, run_ranks(ranked.results, world, cases)[0], strict=True):
+        _assert_exact(case, got)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_delays_change_nothing(world: int) -> None:
+    """Ranks that fall behind, each in its own way, still get every message in its place."""
+    cases = [
+        Case(MASKS[mask](19), 3, 3, method, layout)
+        for mask, method, layout in (
+            ("causal", "zigzag", "zigzag"),
+            ("documents", "ring", "striped"),
+            ("full", "token_ring", "contiguous"),
+            ("holes", "burst", "zigzag"),
+            ("prefix", "ulysses", "contiguous"),
+            ("full", "double_ring", "contiguous"),
+        )
+    ]
+    for case, got in zip(cases, run_ranks(ranked.delayed_results, world, cases)[0], strict=True):
+        _assert_exact(case, got)
+
+
+def test_two_attentions_in_one_backward() -> None:
+    first = Case(masks.causal(19), 2, 1, "zigzag", "zigzag")
+    second = Case(masks.sliding_window(13, 3, 1), 3, 3, "ring", "contiguous")
+    for got in run_ranks(ranked.two_at_once, 3, first, second):
+        _assert_exact(first, got[0])
+        _assert_exact(second, got[1])
+
+
+@pytest.mark.parametrize("how", ["mask", "layout", "method", "heads"])
+def test_ranks_that_disagree_are_refused_on_all_ranks(how: str) -> None:
+    for message, waited_s in run_ranks(ranked.refusal, 2, how):
+        assert message.startswith("all ranks must use one mask, layout and schedule, but ranks [1] differ from rank 0")
+        assert "\n" not in message
+        assert waited_s < 5
+
+
+def test_ranks_that_agree_are_not_refused() -> None:
+    assert [message for message, _ in run_ranks(ranked.refusal, 2, "nothing")] == ["", ""]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_shard_and_unshard_invert(world: int) -> None:
+    assert all(run_ranks(ranked.round_trips, world, LAYOUTS))
+
+
+def test_the_gradient_of_shard_goes_to_the_rank_own_tokens() -> None:
+    total = sum(run_ranks(ranked.shard_gradient, 3))
+    np.testing.assert_array_equal(total, 2 * np.arange(7.0))
+
+
+def test_a_ring_lets_go_of_what_it_has_sent() -> None:
+    """Memory falls as ranks are added only if sent keys are not kept: those in use, those arriving, those going out."""
+    for peak, total in run_ranks(ranked.most_messages_alive, 4, 4 * 32):
+        one = 2 * 32 * 16 * 8
+        assert total == 4 * one
+        assert peak <= 3 * one
+
+
+# One process: no group.
+
+
+def _local(s: int = 8, h: int = 2, g: int = 1, d: int = 4):
+    return torch.zeros(1, s, h, d), torch.zeros(1, s, g, d), torch.zeros(1, s, g, d)
+
+
+def test_without_a_group_it_is_attention() -> None:
+    for mask in MASKS.values():
+        q, k, v, dout = inputs(17, 4, 2)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        chosen = mask(17)
+        attention(*leaves, mask=chosen, method="zigzag").backward(dout)
+        expected = dense_attention(q.detach(), k.detach(), v.detach(), dout, chosen.dense().numpy())
+        for leaf, reference in zip(leaves, (expected.dq, expected.dk, expected.dv), strict=True):
+            assert leaf.grad is not None
+            np.testing.assert_allclose(leaf.grad.numpy(), reference, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "spiral"}, "unknown context-parallel method 'spiral'; known: auto, ring, zigzag"),
+        ({"kernel": "cutlass"}, "unknown kernel 'cutlass'; known: auto, "),
+        ({"layout": "diagonal"}, "unknown layout 'diagonal'; known: contiguous, zigzag, striped"),
+        ({"layout": make_layout("zigzag", 9, 1)}, "the mask's 8 tokens on 1 ranks, got one for 9 tokens on 1"),
+        ({"layout": make_layout("zigzag", 8, 2)}, "the mask's 8 tokens on 1 ranks, got one for 8 tokens on 2"),
+        ({"mask": masks.causal(9)}, r"q must be \(batch, 9 local tokens, 2 heads, head_dim\)"),
+        ({"softcap": 1.0, "kernel": "cpu_flash"}, "softcap"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(change: dict, message: str) -> None:
+    options = {"mask": masks.causal(8), **change}
+    with pytest.raises(ValueError, match=message) as caught:
+        attention(*_local(), **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "message"),
+    [
+        ((1, 7, 2, 4), (1, 8, 1, 4), (1, 8, 1, 4), "q must be"),
+        ((1, 8, 2, 4), (1, 7, 1, 4), (1, 7, 1, 4), "k must be"),
+        ((1, 8, 2, 4), (1, 8, 1, 4), (1, 8, 2, 4), "v must be"),
+        ((1, 8, 2, 4), (1, 8, 1, 5), (1, 8, 1, 5), "must share batch, head dim"),
+        ((1, 8, 2, 4), (2, 8, 1, 4), (2, 8, 1, 4), "must share batch, head dim"),
+        ((1, 8, 3, 4), (1, 8, 2, 4), (1, 8, 2, 4), "multiple of KV heads, got 3 and 2"),
+        ((8, 2, 4), (1, 8, 2, 4), (1, 8, 2, 4), "q, k and v must be .*got q .8, 2, 4."),
+        ((8, 8), (8, 8), (8, 8), "q, k and v must be"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_in_one_line(q, k, v, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        attention(torch.zeros(q), torch.zeros(k), torch.zeros(v), mask=masks.causal(8))
+    assert "\n" not in str(caught.value)
+
+
+def test_dtypes_must_agree() -> None:
+    q, k, v = _local()
+    with pytest.raises(ValueError, match="must share batch, head dim, dtype and device"):
+        attention(q, k.double(), v, mask=masks.causal(8))
+
+
+def test_shard_and_unshard_refuse() -> None:
+    mask = masks.causal(8)
+    with pytest.raises(ValueError, match="dim 1 of x must be the mask's 8 tokens, got 7"):
+        shard(torch.zeros(1, 7), mask, None)
+    with pytest.raises(ValueError, match="dim 0 of x must be this rank's 8 tokens, got 7"):
+        unshard(torch.zeros(7), mask, None, dim=0)
+    with pytest.raises(ValueError, match="unshard has no gradient"):
+        unshard(torch.zeros(8, requires_grad=True), mask, None, dim=0)
+
+
+def test_handles_are_kept_rebound_and_released() -> None:
+    mask = masks.causal(8)
+    handle = prepare(mask, num_heads=2, num_kv_heads=1)
+    assert handle == prepare(mask, num_heads=2, num_kv_heads=1)
+    assert handle != prepare(mask, num_heads=2, num_kv_heads=1, scale=0.5)
+    with pytest.raises(ValueError, match="handle 123456 is not bound"):
+        attend(*_local(), 123456)
+    context = SequenceContext(mask)
+    own = context.handle(2, 1, None, None, None)
+    other = masks.full(8)
+    rebind(own, build(other, world=1, rank=0, num_heads=2, num_kv_heads=1))
+    q, k, v, _ = inputs(8, 2, 1, d=4)
+    full = dense_attention(q, k, v, q, other.dense().numpy()).out
+    np.testing.assert_allclose(attend(q, k, v, own), full, rtol=0, atol=1e-12)
+    release(own)
+    with pytest.raises(ValueError, match="is not bound"):
+        bound(own)
+
+
+def test_the_context_of_a_model() -> None:
+    mask = masks.documents([5, 3])
+    positions = np.array([0, 1, 2, 3, 4, 0, 1, 2])
+    context = SequenceContext(mask, positions=positions)
+    assert context.positions.tolist() == positions.tolist()
+    q, k, v, _ = inputs(8, 2, 1)
+    got = context.attend(q, k, v, layer=0, window=2, scale=0.3)
+    near = masks.documents([5, 3]).dense().numpy() & masks.sliding_window(8, 1, 0).dense().numpy()
+    np.testing.assert_allclose(got, dense_attention(q, k, v, q, near, scale=0.3).out, rtol=0, atol=1e-12)
+    context.renew(masks.causal(8))
+    assert context.positions.tolist() == list(range(8))
+    got = context.attend(q, k, v, layer=1, window=2, scale=0.3)
+    near = masks.sliding_window(8, 1, 0).dense().numpy()
+    np.testing.assert_allclose(got, dense_attention(q, k, v, q, near, scale=0.3).out, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="at least the token itself, got 0"):
+        context.attend(q, k, v, layer=0, window=0)
+
+
+def test_the_default_layout_balances() -> None:
+    assert default_layout(masks.causal(64), 4).name == "zigzag"
+    assert default_layout(masks.full(64), 4).name == "contiguous"
+    assert default_layout(masks.causal(64), 1).name == "contiguous"
+    assert default_layout(masks.causal(64), 4, "ring").name == "contiguous"
+    for mask in (MASKS[name](24) for name in MASKS):
+        for name in LAYOUTS:
+            layout = make_layout(name, 24, 3)
+            rows = [mask.dense().numpy()[layout.positions(rank)].sum() for rank in range(3)]
+            assert busiest(mask, layout) == max(rows)
