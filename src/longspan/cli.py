@@ -6,7 +6,10 @@ exits with 1, an interrupted one with 130.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
+import itertools
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -93,11 +96,27 @@ def _options(kind: Any) -> list[str]:
     return [option for action in parser._actions for option in action.option_strings]
 
 
+def _unboxed(text: str) -> str:
+    """What tyro says in a box of several lines, as one: the message, without title and help text."""
+    lines = [line.strip("│─-╭╮╰╯ ") for line in text.splitlines()]
+    # The first line is the title; rules, here empty, are around the message.
+    message = itertools.dropwhile(lambda line: not line, lines[1:])
+    return " ".join(itertools.takewhile(bool, message)).rstrip(".")
+
+
 def parse(kind: type[_T], argv: Sequence[str], prog: str) -> _T:
-    """The config from the command line. Raises ValueError for an unknown option, with the nearest known one."""
-    config, unknown = tyro.cli(
-        kind, args=list(argv), prog=prog, return_unknown_args=True, config=(tyro.conf.FlagConversionOff,)
-    )
+    """The config from the command line. Raises ValueError for an unknown option, with the nearest known one, and for a
+    value that cannot be read."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config, unknown = tyro.cli(
+                kind, args=list(argv), prog=prog, return_unknown_args=True, config=(tyro.conf.FlagConversionOff,)
+            )
+    except SystemExit as error:
+        if not error.code:  # --help
+            raise
+        raise ValueError(f"{_unboxed(said.getvalue())}; see {prog} --help") from None
     if unknown:
         name = next((item for item in unknown if item.startswith("-")), unknown[0]).split("=")[0]
         near = difflib.get_close_matches(name, _options(kind), n=1, cutoff=0.5)
@@ -196,6 +215,8 @@ def _generate(argv: Sequence[str]) -> int:
 
     config = parse(GenerateConfig, argv, "longspan generate")
     folder = config.checkpoint
+    if not folder.is_dir():
+        raise ValueError(f"a checkpoint must be a folder that exists, got {str(folder)!r}; check the path")
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
     tokenizer = load_tokenizer(config.tokenizer or str(folder))

@@ -26,7 +26,7 @@ from tests.oracles.attention import dense_attention
 @pytest.mark.parametrize("world", range(1, 9))
 @pytest.mark.parametrize("mask", MASKS)
 def test_ring_is_exact(mask: str, world: int) -> None:
-    """Masks x shapes x ranks; layouts take turns, two for every other shape, and short sequences too."""
+    """Masks x shapes x ranks, on layouts that take turns so that each layout meets every mask, shape and rank count."""
     turn = world + list(MASKS).index(mask)
     for number, layout in enumerate(LAYOUTS):
         build = zigzag_ring if layout == "zigzag" else ring

@@ -17,6 +17,7 @@ from tests.attention.kernels.blocks import MASKS, RANGES, Inputs, block, errors,
 pytestmark = pytest.mark.gpu
 
 CUDA = ["cudnn", "cuda_flash", "flex"]
+FLEX_SMALL = [(torch.bfloat16, "causal"), (torch.float16, "window_both")]
 # Large enough for full, causal and window calls of cuDNN's plan, on odd sizes.
 LARGE = {
     "causal": masks.causal(1031),
@@ -36,9 +37,11 @@ def limit(plain: float, one_key: bool = False) -> float:
 @pytest.mark.parametrize("name", CUDA)
 @pytest.mark.parametrize("mask", MASKS)
 def test_small_blocks(name: str, mask: str, dtype: torch.dtype) -> None:
+    if name == "flex" and (dtype, mask) not in FLEX_SMALL:
+        pytest.skip("flex compiles a graph for every shape: a few masks stand for all")
     for ranges in RANGES:
         bands, num_q, num_k = block(mask, ranges)
-        for h, g in ((4, 4), (4, 2), (4, 1)):
+        for h, g in ((4, 2),) if name == "flex" else ((4, 4), (4, 2), (4, 1)):
             compare(
                 name, tensors(num_q, num_k, h, g, d=64, b=4, dtype=dtype, device="cuda"), bands, mask == "self_only"
             )
@@ -48,6 +51,8 @@ def test_small_blocks(name: str, mask: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", CUDA)
 @pytest.mark.parametrize("mask", LARGE)
 def test_large_blocks(name: str, mask: str, d: int) -> None:
+    if name == "flex" and (d, mask) not in ((64, "prefix"), (128, "documents")):
+        pytest.skip("flex compiles a graph for every shape: a few masks stand for all")
     for q, k in (((0, 1031), (0, 1031)), ((515, 1031), (100, 900))):
         bands = shift(cut(LARGE[mask].bands, q, k), -q[0], -k[0])
         inputs = tensors(q[1] - q[0], k[1] - k[0], 4, 2, d=d, b=1, dtype=torch.bfloat16, device="cuda")

@@ -22,8 +22,14 @@ from longspan.context.run import Bound, attend, bind, bound
 from longspan.layout.tokens import Layout
 
 
+def group_in_force(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """What None means: torch's default group where there is one, else (still None) this process alone."""
+    return dist.group.WORLD if group is None and dist.is_available() and dist.is_initialized() else group
+
+
 def world_and_rank(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Size of a group and own rank in it; None means this process alone."""
+    """Size of a group and own rank in it."""
+    group = group_in_force(group)
     return (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
 
 
@@ -67,6 +73,7 @@ def prepare(
     """
     if kernel != "auto" and kernel not in KERNELS:
         raise ValueError(f"unknown kernel {kernel!r}; known: auto, {', '.join(KERNELS)}")
+    group = group_in_force(group)
     handle = _handle(mask, num_heads, num_kv_heads, group, method, layout, scale, softcap, kernel)
     compare(bound(handle).built, group, device)
     return handle
@@ -74,6 +81,7 @@ def prepare(
 
 def compare(built: Built, group: dist.ProcessGroup | None, device: torch.device | str) -> None:
     """Refuse, on every rank, masks or schedules that differ between the ranks of a group."""
+    group = group_in_force(group)
     if group is not None and dist.get_world_size(group) > 1:
         agree(group, built.fingerprint, "mask, layout and schedule", torch.device(device))
 
@@ -153,6 +161,7 @@ def unshard(
 
     Raises ValueError where ``x`` does not have this rank's number of tokens along ``dim``, or wants a gradient.
     """
+    group = group_in_force(group)
     world, rank = world_and_rank(group)
     chosen = _layout(mask, world, method, layout)
     if x.shape[dim] != chosen.local_sizes[rank]:

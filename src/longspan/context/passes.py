@@ -3,7 +3,7 @@
 ``replay`` turns a forward phase into a backward one: inputs take the paths they took, ``do`` rides with q, dq takes
 o's path, and dkv either goes home directly or follows the keys round their path and then home. ``prune`` is liveness
 analysis over atoms: an input move keeps only what some later block or move of the receiver needs, a move of sums only
-what exists. It rediscovers, for one, the three-quarter-volume causal ring (see docs/schedules.md).
+what exists. On a ring that turns towards lower ranks it finds the three-quarter-volume causal forward by itself.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longspan.attention.bands import tighten
 from longspan.attention.masks import Mask, from_bands
-from longspan.context.attend import compare, world_and_rank
+from longspan.context.attend import compare, group_in_force, world_and_rank
 from longspan.context.build import Built, build, resolve
 from longspan.context.run import Bound, attend, bind, rebind
 from longspan.layout.tokens import Layout
@@ -70,7 +70,7 @@ class SequenceContext:
         device: torch.device | str = "cpu",
         kernel: str = "auto",
     ) -> None:
-        self.group, self.device, self.kernel = group, torch.device(device), kernel
+        self.group, self.device, self.kernel = group_in_force(group), torch.device(device), kernel
         self.world, self.rank = world_and_rank(group)
         self._method, self._layout = method, layout
         self._handles: dict[tuple[int, int, int | None, float | None, float | None], int] = {}

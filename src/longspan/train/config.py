@@ -159,6 +159,14 @@ class EvalConfig:
     tokens: int = 16384
     every: int = 0
 
+    def __post_init__(self) -> None:
+        if self.tokens < 0 or self.every < 0:
+            raise ValueError(f"tokens and every must be 0 or more, got {self.tokens} and {self.every}")
+        if self.tokens and (not self.contexts or min(self.contexts) < 2):
+            raise ValueError(
+                f"contexts must be lengths of at least 2 tokens, got {self.contexts}; set tokens to 0 for no evaluation"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
@@ -196,6 +204,16 @@ class TrainConfig:
     limit_s: float = 0.0
     timeout_s: float = 120.0
     data_workers: Annotated[Literal[0, 1], tyro.conf.arg(help="1: batches are drawn in a process of their own.")] = 1
+
+    def __post_init__(self) -> None:
+        if self.save_every < 0 or self.limit_s < 0 or self.seed < 0:
+            raise ValueError(
+                f"save_every, limit_s and seed must be 0 or more, got {self.save_every}, {self.limit_s} and {self.seed}"
+            )
+        if self.keep < 1:
+            raise ValueError(f"keep must be at least 1, got {self.keep}: the last checkpoint always stays")
+        if self.timeout_s < 2:
+            raise ValueError(f"timeout_s must be at least 2 (ranks answer every second), got {self.timeout_s}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for config.json and the report."""

@@ -159,7 +159,7 @@ class Trainer:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not (math.isfinite(loss) and math.isfinite(norm.item())):
             raise NotFiniteError(
-                f"the loss of step {step} is {loss:g} and the gradient's norm {norm.item():g}: stopped before the "
+                f"the loss of step {step + 1} is {loss:g} and the gradient's norm {norm.item():g}: stopped before the "
                 f"optimiser step; the largest gradient is in {largest_gradient(self.model)}"
             )
         if self.config.optim.clip:

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from longspan.attention import masks
+from longspan.context.attend import resolve as resolve_schedule
 from longspan.model.config import DecoderConfig
 from longspan.model.huggingface import read_config
 from longspan.plan.plan import Plan
@@ -59,18 +61,37 @@ class Setting:
 
 
 def first_on_rank_0(fn: Callable[[], _T]) -> _T:
-    """``fn()`` on rank 0 and then, when its files are there, on the others. Its ValueError is raised on all ranks."""
+    """``fn()`` on rank 0 and then, when its files are there, on the others. Its ValueError is raised on all ranks, and so
+    is, as a ValueError, what the file system refused."""
     outcome: list[str | None] = [None]
     value = None
     if dist.get_rank() == 0:
         try:
             value = fn()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             outcome[0] = str(error)
     dist.broadcast_object_list(outcome, src=0)
     if outcome[0] is not None:
         raise ValueError(outcome[0])
     return fn() if value is None else value
+
+
+def check_folder(config: TrainConfig) -> bool:
+    """Refuses a run's folder that cannot be made, or that holds another run. Before anything is written."""
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"the run's folder {config.out} cannot be made ({error.strerror}); choose another --out"
+        ) from None
+    metrics, checkpoints = config.out / "metrics.jsonl", config.out / "checkpoints"
+    if config.resume is None and (
+        (metrics.is_file() and metrics.stat().st_size) or list(checkpoints.glob("step_*[0-9]"))
+    ):
+        raise ValueError(
+            f"the run's folder {config.out} already holds a run; go on with --resume latest, or choose another --out"
+        )
+    return True
 
 
 def resolve(config: TrainConfig, world: int, command: str) -> Setting:
@@ -87,6 +108,10 @@ def resolve(config: TrainConfig, world: int, command: str) -> Setting:
             f"a sequence must have a token for every rank that shares it, got rows of "
             f"{min(stage.length for stage in batches.stages)} tokens on {plan.context} ranks; use longer rows"
         )
+    resolve_schedule(
+        masks.causal(batches.max_length), plan.context, plan.method, None if plan.layout == "auto" else plan.layout
+    )
+    first_on_rank_0(lambda: check_folder(config))
     tokenizer = load_tokenizer(config.tokenizer)
     train, held_out = first_on_rank_0(lambda: load_splits(config.data, tokenizer, config.out / "tokens"))
     if config.init is not None:
@@ -205,7 +230,11 @@ def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> Path | N
         while done < total and not stop_reason:
             heart.beat(done + 1)
             micros = next(steps)
-            figures = trainer.step(done, total, micros)
+            try:
+                figures = trainer.step(done, total, micros)
+            except NotFiniteError:
+                store.wait()  # the checkpoint under way is a good one
+                raise
             done, position = done + 1, micros[-1][0].position
             shape = setting.batches.at(done - 1)
             rate, memory = meter.read(shape.rows * shape.length)
