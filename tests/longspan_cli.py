@@ -84,12 +84,19 @@ def longspan(*argv: str, env: dict[str, str] | None = None, timeout_s: float = L
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def forked(*argv: str, world: int = 1, timeout_s: float = LIMIT_S) -> Result:
-    """`longspan ARGV` in `world` forked processes; the result is rank 0's, and every rank must end as it did."""
+def forked(*argv: str, world: int = 1, slurm: bool = False, timeout_s: float = LIMIT_S) -> Result:
+    """`longspan ARGV` in `world` forked processes; the result is rank 0's, and every rank must end as it did.
+
+    Args:
+        slurm: the ranks find each other by Slurm's variables, not by torchrun's.
+    """
     env: dict[str, str] = {}
     if world > 1:
-        env = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-        env |= {"MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else ""}
+        env = {"MASTER_PORT": str(free_port())} | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
+        if slurm:
+            env |= {"SLURM_NTASKS": str(world), "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": "7"}
+        else:
+            env |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     with tempfile.TemporaryDirectory(prefix="longspan-cli-") as folder:
         ranks = [_fork(rank, argv, env, Path(folder)) for rank in range(world)]
         deadline_s = time.monotonic() + timeout_s
@@ -113,7 +120,9 @@ def free_port() -> int:
 
 
 def _fork(rank: int, argv: tuple[str, ...], env: dict[str, str], folder: Path) -> BaseProcess:
-    env = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if env else env
+    if env:
+        names = ("SLURM_PROCID", "SLURM_LOCALID") if "SLURM_NTASKS" in env else ("RANK", "LOCAL_RANK")
+        env = env | dict.fromkeys(names, str(rank))
     process = _SERVER.Process(target=_main, args=(list(argv), env, str(folder / str(rank))), name=f"longspan {rank}")
     process.start()
     return process

@@ -98,10 +98,10 @@ def _options(kind: Any) -> list[str]:
 
 def _unboxed(text: str) -> str:
     """What tyro says in a box of several lines, as one: the message, without title and help text."""
-    lines = [line.strip("│─-╭╮╰╯ ") for line in text.splitlines()]
-    # The first line is the title; rules, here empty, are around the message.
-    message = itertools.dropwhile(lambda line: not line, lines[1:])
-    return " ".join(itertools.takewhile(bool, message)).rstrip(".")
+    lines = [line.strip("│─╭╮╰╯ ") for line in text.splitlines()]
+    # The first line is the title; rules (drawn with "-" where the terminal is ASCII) are around the message.
+    message = itertools.dropwhile(lambda line: not line.strip("-"), lines[1:])
+    return " ".join(itertools.takewhile(lambda line: line.strip("-"), message)).rstrip(".")
 
 
 def parse(kind: type[_T], argv: Sequence[str], prog: str) -> _T:
@@ -178,6 +178,8 @@ def _rank(config: Any, command: str) -> int:
         fail(str(error))
     except (ValueError, CheckpointError) as error:
         fail(str(error), code=2)
+    except OSError as error:
+        fail(f"{error}; what was saved stays, go on with --resume latest")
     del report
     return 0
 

@@ -20,7 +20,7 @@ from longspan.train.data.corpus import CorpusConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """A decoder from scratch: RMSNorm, rotary positions, grouped attention with QK-norm, SwiGLU.
+    """A decoder from scratch: RMSNorm, rotary positions, grouped attention with QK-norm, SwiGLU; std 1/sqrt(width).
 
     Args:
         layers, width, heads: as usual; the head dim is width / heads.
@@ -35,7 +35,7 @@ class ModelConfig:
     heads: int = 4
     kv_heads: int = 0
     inner: int = 0
-    tie: bool = True
+    tie: bool = False
     rope_theta: float = 10000.0
     config: Path | None = None
 
@@ -69,6 +69,7 @@ class ModelConfig:
             mlp=MlpConfig(inner_size=self.inner or 32 * math.ceil(self.width * 8 / 3 / 32)),
             positions=RotaryConfig(theta=self.rope_theta, max_positions=max_length),
             tie_embeddings=self.tie,
+            init_std=self.width**-0.5,
         )
 
 

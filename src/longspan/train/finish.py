@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from longspan import __version__
 from longspan.attention import masks
@@ -52,7 +53,10 @@ def finish(setting: Setting, trainer: Trainer, outcome: Outcome) -> Path | None:
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
-    save_pretrained(trainer.model, folder)
+    try:
+        save_pretrained(trainer.model, folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"the trained model could not be written to {folder}: {error}") from None
     if rank != 0:
         return None
     save_tokenizer(setting.tokenizer, folder)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.attention import masks
-from longspan.context.attend import resolve as resolve_schedule
+from longspan.context.build import resolve as resolve_schedule
 from longspan.model.config import DecoderConfig
 from longspan.model.huggingface import read_config
 from longspan.plan.plan import Plan
@@ -239,7 +239,9 @@ def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> Path | N
             shape = setting.batches.at(done - 1)
             rate, memory = meter.read(shape.rows * shape.length)
             if isinstance(metrics, MetricsWriter):
-                metrics.step(done, **figures, tokens_per_s=rate, memory_bytes=memory, sequence_length=shape.length)
+                _record(
+                    metrics.step, done, **figures, tokens_per_s=rate, memory_bytes=memory, sequence_length=shape.length
+                )
                 progress.update(
                     done,
                     loss=figures["loss"],
@@ -252,7 +254,7 @@ def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> Path | N
                 context = min(setting.windows)
                 value = bits(trainer, setting, context)
                 if isinstance(metrics, MetricsWriter):
-                    metrics.eval(done, loss=value, sequence_length=context, unit="bits per byte")
+                    _record(metrics.eval, done, loss=value, sequence_length=context, unit="bits per byte")
             interrupted, elapsed_s = _agreed(interrupt.requested, time.perf_counter() - began)
             if interrupted:
                 stop_reason = "interrupted"
@@ -274,7 +276,7 @@ def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> Path | N
         landed = store.wait()
         if stop_reason == "interrupted":
             if isinstance(metrics, MetricsWriter):
-                metrics.event(done, "interrupted")
+                _record(metrics.event, done, "interrupted")
                 metrics.close()
                 kept = f"checkpoint step_{done:06d} saved" if landed else "the checkpoint could not be saved"
                 progress.message(f"interrupted at step {done}; {kept}; go on with --resume latest")
@@ -284,12 +286,20 @@ def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> Path | N
     peaks = gathered(Meter(device).read(1)[1])
     if isinstance(metrics, MetricsWriter):
         for row in headline:
-            metrics.eval(done, loss=row["model"], sequence_length=row["context"], unit="bits per byte")
+            _record(metrics.eval, done, loss=row["model"], sequence_length=row["context"], unit="bits per byte")
         if stop_reason:
-            metrics.event(done, f"stopped after {elapsed_s:.0f} s ({stop_reason})")
+            _record(metrics.event, done, f"stopped after {elapsed_s:.0f} s ({stop_reason})")
         metrics.close()
     outcome = Outcome(done, elapsed_s, headline, [int(p) for p in peaks], stop_reason)
     return finish(setting, trainer, outcome)
+
+
+def _record(write: Callable[..., Any], step: int, *values: Any, **named: Any) -> None:
+    """Writes to the metrics; a full disk costs the record and not the training."""
+    try:
+        write(step, *values, **named)
+    except OSError as error:
+        log.warning("metrics of step %d were not written: %s; training goes on", step, error)
 
 
 def _time_left(setting: Setting, done: int, elapsed_s: float) -> float:

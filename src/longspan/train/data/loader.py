@@ -205,7 +205,7 @@ def _work(job: _Job, pipe: Connection, prefetch: int) -> None:
         last: _Refused | _Failed | _End = _End()
     except ValueError as error:
         last = _Refused(str(error))
-    except Exception:
+    except Exception:  # whatever `prepare` raises is shown by the training process
         last = _Failed(traceback.format_exc())
     ready.put(pickle.dumps(last))
     ready.put(None)
