@@ -201,9 +201,9 @@ def _demo(argv: Sequence[str]) -> int:
 def demo_options() -> list[str]:
     """The demo's training run: 512 tokens growing to 8,192, split over the ranks."""
     return [
-        "--model.layers", "2", "--model.width", "192", "--model.heads", "3",
-        "--batch.steps", "120", "--batch.tokens", "8192", "--batch.length", "8192", "--batch.start-length", "512",
-        "--batch.warmup-fraction", "0.85", "--optim.lr", "4e-3", "--optim.warmup", "8",
+        "--model.layers", "2", "--model.width", "128", "--model.heads", "2",
+        "--batch.steps", "420", "--batch.tokens", "1024", "--batch.length", "8192", "--batch.start-length", "512",
+        "--batch.warmup-fraction", "0.98", "--optim.lr", "4e-3", "--optim.warmup", "20",
         "--eval.contexts", "512", "8192", "--eval.tokens", "32768",
     ]  # fmt: skip
 
