@@ -1,6 +1,8 @@
-"""The real command line for tests: `longspan(...)` runs it in a fresh interpreter, `forked(...)` in a fork of the server
-that has imported torch already (`tests.ranks`), which costs a fifth of the time and is the same `main`, process and exit
-code. With `world`, forked ranks meet through torchrun's environment.
+"""The real command line for tests.
+
+`longspan(...)` runs it in a fresh interpreter, `forked(...)` in a fork of the server that has imported torch already
+(`tests.ranks`), which costs a fifth of the time and is the same `main`, in a process and with an exit code of its own.
+With `world`, forked ranks meet through torchrun's environment, or Slurm's.
 """
 
 from __future__ import annotations
@@ -179,10 +181,23 @@ class Job:
     def end(self, within_s: float = 30.0) -> Result:
         """Waits for the end of the command; nothing that it started may be left."""
         out, err = self.process.communicate(timeout=within_s)
-        left = [pid for pid in self.seen if psutil.pid_exists(pid)]
-        assert not left, f"orphans: {left}"
+        self.leave_nothing()
         assert "Traceback" not in out + err, out + err
         return Result(self.process.returncode, out, err)
+
+    def leave_nothing(self, within_s: float = 10.0) -> None:
+        """Waits for the end of all that the command started: data workers end when they see that their rank has."""
+        deadline_s = time.monotonic() + within_s
+        while left := [pid for pid in self.seen if _lives(pid)]:
+            assert time.monotonic() < deadline_s, f"orphans: {left}"
+            time.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # in a container nobody may reap those
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextlib.contextmanager

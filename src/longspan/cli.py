@@ -168,20 +168,20 @@ def _take_ranks(argv: Sequence[str]) -> tuple[int | None, list[str]]:
 def _rank(config: Any, command: str) -> int:
     """One rank of a training run, its errors in one line each."""
     from longspan.train.checkpoint import CheckpointError
-    from longspan.train.liveness import LostRankError, fail
+    from longspan.train.liveness import INTERRUPTED, LostRankError, fail, started_by_launcher
     from longspan.train.loop import NotFiniteError
     from longspan.train.session import run
 
     try:
-        report = run(config, command)
+        finished = run(config, command)
     except (LostRankError, NotFiniteError) as error:
         fail(str(error))
     except (ValueError, CheckpointError) as error:
         fail(str(error), code=2)
     except OSError as error:
         fail(f"{error}; what was saved stays, go on with --resume latest")
-    del report
-    return 0
+    # The launcher of --ranks knows of the Ctrl-C that it passed on; a code from its ranks would be a failure to it.
+    return 0 if finished or started_by_launcher() else INTERRUPTED
 
 
 def _demo(argv: Sequence[str]) -> int:
@@ -213,6 +213,7 @@ def _generate(argv: Sequence[str]) -> int:
 
     from longspan.model import load_pretrained
     from longspan.model.generate import generate
+    from longspan.model.huggingface import read_config
     from longspan.train.data.tokenizers import load_tokenizer
 
     config = parse(GenerateConfig, argv, "longspan generate")
@@ -221,6 +222,7 @@ def _generate(argv: Sequence[str]) -> int:
         raise ValueError(f"a checkpoint must be a folder that exists, got {str(folder)!r}; check the path")
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+    read_config(folder)  # before the tokenizer: a folder that is no checkpoint is called that
     tokenizer = load_tokenizer(config.tokenizer or str(folder))
     cuda = config.device != "cpu" and torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
@@ -243,7 +245,8 @@ def _generate(argv: Sequence[str]) -> int:
     for (token,) in steps:
         if token == tokenizer.separator_id:
             break
-        print(decoder.push(token), end="", flush=True)
+        if token < tokenizer.vocab_size:  # a padded vocabulary has tokens without text
+            print(decoder.push(token), end="", flush=True)
     print(decoder.finish(), flush=True)
     return 0
 

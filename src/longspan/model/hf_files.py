@@ -133,7 +133,13 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """One safetensors file, whole or not at all; tensors are moved to the CPU."""
     ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    write_whole(path, lambda partial: save_file(ready, str(partial), metadata={"format": "pt"}))
+    def write(partial: Path) -> None:
+        try:
+            save_file(ready, str(partial), metadata={"format": "pt"})
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(f"{path} could not be written: {error}") from None
+
+    write_whole(path, write)
 
 
 def itemsize(dtype: torch.dtype) -> int:

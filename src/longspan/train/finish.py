@@ -97,7 +97,9 @@ def sample(setting: Setting, folder: Path, device: torch.device) -> str:
         stop_ids=stop,
     )
     ids = [step[0] for step in steps]
-    return setting.tokenizer.decode([token for token in ids if token not in stop])
+    # A vocabulary is often padded beyond the tokenizer's: such tokens have no text.
+    known = setting.tokenizer.vocab_size
+    return setting.tokenizer.decode([token for token in ids if token not in stop and token < known])
 
 
 def summary(headline: list[dict[str, Any]], outcome: Outcome, completion: str, prompt: str) -> list[str]:

@@ -136,7 +136,7 @@ def init_process_group(timeout_s: float, *, launch: Launch | None = None, device
         LostRankError: the ranks did not meet in time.
     """
     if timeout_s <= 0:
-        raise ValueError(f"a time-out must be above 0 s, got {timeout_s}; the default of --timeout is a good start")
+        raise ValueError(f"a time-out must be above 0 s, got {timeout_s}; the default of --timeout-s is a good start")
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {device!r}; choose one of the three")
     if device == "cuda" and not torch.cuda.is_available():

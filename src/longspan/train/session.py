@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -61,8 +60,8 @@ class Setting:
 
 
 def first_on_rank_0(fn: Callable[[], _T]) -> _T:
-    """``fn()`` on rank 0 and then, when its files are there, on the others. Its ValueError is raised on all ranks, and so
-    is, as a ValueError, what the file system refused."""
+    """``fn()`` on rank 0 and then, when its files are there, on the others. Its ValueError, or as one what
+    the file system refused, is raised on all ranks."""
     outcome: list[str | None] = [None]
     value = None
     if dist.get_rank() == 0:
@@ -131,15 +130,15 @@ def resolve(config: TrainConfig, world: int, command: str) -> Setting:
     return Setting(config, plan, decoder, batches, tokenizer, train, held_out, windows, command)
 
 
-def bits(trainer: Trainer, setting: Setting, context: int) -> float:
-    """Held-out bits per byte at one context. Collective."""
+def held_out_score(trainer: Trainer, setting: Setting, context: int) -> tuple[float, float]:
+    """(nats per token, bits per byte) of the held-out text at one context. Collective."""
     windows = setting.windows[context]
-    nats, _ = total_nats(trainer.model, windows, setting.plan, trainer.mesh, trainer.device)
-    return bits_per_byte(nats, len(scored_bytes(windows, setting.tokenizer)))
+    nats, labels = total_nats(trainer.model, windows, setting.plan, trainer.mesh, trainer.device)
+    return nats / labels, bits_per_byte(nats, len(scored_bytes(windows, setting.tokenizer)))
 
 
-def run(config: TrainConfig, command: str = "") -> Path | None:
-    """One rank's part of a training run. Returns the report's path (None if it was interrupted).
+def run(config: TrainConfig, command: str = "") -> bool:
+    """One rank's part of a training run. Returns whether it came to its end, which an interrupted one does not.
 
     Raises:
         ValueError: something does not fit, before training.
@@ -180,7 +179,7 @@ def _resume_step(config: TrainConfig, store: CheckpointStore) -> int | None:
     return int(digits)
 
 
-def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> Path | None:
+def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> bool:
     config, rank = setting.config, dist.get_rank()
     store = CheckpointStore(config.out / "checkpoints", keep=config.keep)
     trainer = Trainer(config, setting.decoder, setting.plan, device)
@@ -252,9 +251,9 @@ def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> Path | N
                 )
             if config.eval.every and setting.windows and done % config.eval.every == 0 and done < total:
                 context = min(setting.windows)
-                value = bits(trainer, setting, context)
+                loss, bits = held_out_score(trainer, setting, context)
                 if isinstance(metrics, MetricsWriter):
-                    _record(metrics.eval, done, loss=value, sequence_length=context, unit="bits per byte")
+                    _record(metrics.eval, done, loss=loss, sequence_length=context, bits_per_byte=bits)
             interrupted, elapsed_s = _agreed(interrupt.requested, time.perf_counter() - began)
             if interrupted:
                 stop_reason = "interrupted"
@@ -280,18 +279,21 @@ def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> Path | N
                 metrics.close()
                 kept = f"checkpoint step_{done:06d} saved" if landed else "the checkpoint could not be saved"
                 progress.message(f"interrupted at step {done}; {kept}; go on with --resume latest")
-            return None
+            dist.barrier()  # a launcher ends the others when the first of them leaves: not before the line above
+            return False
     elapsed_s = time.perf_counter() - began
-    headline = [{"context": context, "model": bits(trainer, setting, context)} for context in sorted(setting.windows)]
+    scores = {context: held_out_score(trainer, setting, context) for context in sorted(setting.windows)}
+    headline = [{"context": context, "model": bits} for context, (_, bits) in scores.items()]
     peaks = gathered(Meter(device).read(1)[1])
     if isinstance(metrics, MetricsWriter):
-        for row in headline:
-            _record(metrics.eval, done, loss=row["model"], sequence_length=row["context"], unit="bits per byte")
+        for context, (loss, bits) in scores.items():
+            _record(metrics.eval, done, loss=loss, sequence_length=context, bits_per_byte=bits)
         if stop_reason:
             _record(metrics.event, done, f"stopped after {elapsed_s:.0f} s ({stop_reason})")
         metrics.close()
     outcome = Outcome(done, elapsed_s, headline, [int(p) for p in peaks], stop_reason)
-    return finish(setting, trainer, outcome)
+    finish(setting, trainer, outcome)
+    return True
 
 
 def _record(write: Callable[..., Any], step: int, *values: Any, **named: Any) -> None:
