@@ -133,6 +133,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """One safetensors file, whole or not at all; tensors are moved to the CPU."""
     ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+
     def write(partial: Path) -> None:
         try:
             save_file(ready, str(partial), metadata={"format": "pt"})
