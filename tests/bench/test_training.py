@@ -20,7 +20,7 @@ def test_the_page_shows_what_was_measured(name: str) -> None:
     ("ranks", "lengths", "steps"), [((0,), (8,), 1), ((1,), (), 1), ((1,), (8,), 0), ((4,), (2,), 1)]
 )
 def test_bad_sizes_are_refused(ranks, lengths, steps, tmp_path) -> None:
-    with pytest.raises(ValueError, match="positive|a token for every rank"):
+    with pytest.raises(ValueError, match=r"positive|a token for every rank"):
         run_training_bench(ranks, lengths, steps, tmp_path)
 
 

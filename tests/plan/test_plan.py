@@ -54,3 +54,9 @@ def test_bad_plans_are_refused_by_name(text: str, words: str, tmp_path: Path) ->
     file.write_text(text)
     with pytest.raises(ValueError, match="plan file"):
         Plan.read(file)
+
+
+def test_precision_follows_the_device_unless_it_is_said() -> None:
+    assert Plan().on("cuda").precision == "bf16"
+    assert Plan().on("cpu").precision == "fp32"
+    assert Plan(precision="fp32").on("cuda").precision == "fp32"

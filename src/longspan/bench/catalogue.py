@@ -55,9 +55,9 @@ CHOSEN_BY: dict[str, str] = {
     "recompute": "`recompute` of the plan",
 }
 
-_SCHEDULE = "run: gloo on CPU, 1–4 ranks, and gloo through host memory on one H200; emulate: 1–8 ranks"
+_SCHEDULE = "run: gloo on CPU, and on one H200 (staged); emulate: 1–8 ranks"
 _CPU = "CPU: against float64, forward and gradients"
-_CUDA = "one H200 (torch 2.11): bfloat16 and float16 against float64, forward and gradients"
+_CUDA = "one H200: 16-bit against float64, forward and gradients"
 # What each row was shown on. A section's own entry ("pattern") holds for all its rows that have none.
 VERIFIED: dict[str, str] = {
     "method/ring": _SCHEDULE,
@@ -66,11 +66,11 @@ VERIFIED: dict[str, str] = {
     "pattern": "equal to its definition, element by element",
     "kernel/cudnn": _CUDA,
     "kernel/cuda_flash": _CUDA,
-    "kernel/flex": "one H200 (torch 2.11): float32 and bfloat16 against float64, forward and gradients",
+    "kernel/flex": "one H200: fp32, 16-bit against float64, forward and gradients",
     "kernel/cpu_flash": _CPU,
     "kernel/reference": _CPU,
     "architecture": "logits equal transformers', both ways, random weights",
-    "recompute": "gradients equal those without, on CPU; `attention` also trained with on one H200",
+    "recompute": "gradients equal those without, on CPU; trained with on one H200",
 }
 
 PLANNED = (

@@ -43,7 +43,7 @@ def measure(length: int, steps: int) -> dict[str, Any]:
     """One rank's part of one case: a causal sequence of ``length`` tokens split over all ranks."""
     joined = init_process_group(_TIMEOUT_S, launch=discover())
     world = dist.get_world_size()
-    plan = Plan(precision="bf16" if joined.device.type == "cuda" else "fp32").fit(world)
+    plan = Plan().fit(world).on(joined.device.type)
     trainer = Trainer(TrainConfig(), bench_model(length), plan, joined.device)
     tokens = torch.randint(0, 256, (1, length + 1), generator=torch.Generator().manual_seed(0))
     batch = Batch(tokens=tokens[:, :-1], labels=tokens[:, 1:], lengths=None, num_labels=length, position=0)

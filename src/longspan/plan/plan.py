@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 Shard = Literal["none", "zero2", "zero3"]
 Recompute = Literal["none", "full", "attention"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +31,8 @@ class Plan:
         recompute: activation checkpointing: "none", "full" (each block), "attention" (each block but its attention,
             whose output is kept: LightSeq).
         method, layout: context-parallel method and token layout; "auto" chooses.
-        precision: of the computation; master weights and optimiser state are fp32.
+        precision: of the computation, "auto" for bf16 on CUDA and fp32 elsewhere; master weights and optimiser state are
+            fp32.
         mlp_tile: tokens that an MLP mixes at a time; 0 for all.
     """
 
@@ -44,7 +45,7 @@ class Plan:
     recompute: Recompute = "none"
     method: str = "auto"
     layout: str = "auto"
-    precision: Precision = "fp32"
+    precision: Precision = "auto"
     mlp_tile: int = 0
 
     def __post_init__(self) -> None:
@@ -76,6 +77,12 @@ class Plan:
                 f"start {fixed * context} ranks"
             )
         return dataclasses.replace(self, context=context)
+
+    def on(self, device_type: str) -> Plan:
+        """The plan with ``precision`` resolved for a kind of device."""
+        if self.precision != "auto":
+            return self
+        return dataclasses.replace(self, precision="bf16" if device_type == "cuda" else "fp32")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -97,6 +97,7 @@ class Trainer:
     """A model under a plan, and one optimiser step at a time. Collective throughout."""
 
     def __init__(self, config: TrainConfig, decoder: DecoderConfig, plan: Plan, device: torch.device) -> None:
+        plan = plan.on(device.type)
         self.config, self.plan, self.device = config, plan, device
         self.world = dist.get_world_size()
         self.mesh = make_mesh(plan.data, plan.context, shard=plan.shard != "none", device_type=device.type)

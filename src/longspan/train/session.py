@@ -93,12 +93,13 @@ def check_folder(config: TrainConfig) -> bool:
     return True
 
 
-def resolve(config: TrainConfig, world: int, command: str) -> Setting:
+def resolve(config: TrainConfig, world: int, command: str, device_type: str) -> Setting:
     """Reads data and checks that everything fits, before anything is computed. Collective.
 
     Raises ValueError, on all ranks, for whatever does not fit.
     """
-    plan = (Plan.read(config.plan_file) if config.plan_file is not None else config.plan).fit(world)
+    plan = Plan.read(config.plan_file) if config.plan_file is not None else config.plan
+    plan = plan.fit(world).on(device_type)
     refuse_unsupported(plan)
     batches = config.batch.plan()
     batches.check(plan.data)
@@ -149,7 +150,7 @@ def run(config: TrainConfig, command: str = "") -> bool:
     joined = init_process_group(config.timeout_s, launch=launch, device=config.device)
     torch.manual_seed(config.seed)
     try:
-        setting = resolve(config, launch.world_size, command)
+        setting = resolve(config, launch.world_size, command, joined.device.type)
         if joined.staged and setting.plan.shard != "none":
             raise ValueError(
                 f"ranks that share one GPU talk through gloo, which cannot shard CUDA tensors, got shard "
