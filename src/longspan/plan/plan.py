@@ -31,7 +31,7 @@ class Plan:
         recompute: activation checkpointing: "none", "full" (each block), "attention" (each block but its attention,
             whose output is kept: LightSeq).
         method, layout: context-parallel method and token layout; "auto" chooses.
-        precision: of the computation, "auto" for bf16 on CUDA and fp32 elsewhere; master weights and optimiser state are
+        precision: of the computation; "auto" is bf16 on CUDA and fp32 elsewhere. Master weights and optimiser state are
             fp32.
         mlp_tile: tokens that an MLP mixes at a time; 0 for all.
     """
