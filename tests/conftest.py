@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before torch is imported, and for the processes that tests start: ranks outnumber cores, threads only get in the way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,6 +27,8 @@ hypothesis.settings.load_profile("quick")
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    # A shell that runs this in the background has SIGINT ignored, and every process that a test starts would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

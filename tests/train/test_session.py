@@ -62,7 +62,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
     kept = json.loads((out / "config.json").read_text())
     assert kept.keys() == config.to_dict().keys() and kept["model"]["width"] == 32 and kept["out"] == str(out)
     assert kept["batch"] == {**config.to_dict()["batch"], "steps": 6, "tokens": 256, "length": 64}
-    assert Plan.read(out / "plan.json") == Plan(context=1)
+    assert Plan.read(out / "plan.json") == Plan(context=1, precision="fp32")
 
     ours = load_pretrained(out / "model", dtype=torch.float32, device="cpu")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32).eval()

@@ -184,7 +184,7 @@ def test_refusals(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"step must be in \[0, 3\)"):
             plan.at(step)
     for options, message in [
-        ({"tokens": 100}, "multiple of every length"),
+        ({"tokens": 100}, "multiple of every shorter length"),
         ({}, "either tokens or rows"),
         ({"tokens": 64, "rows": 2}, "either tokens or rows"),
         ({"rows": 2, "start_length": 99}, "start_length"),
