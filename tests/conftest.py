@@ -27,7 +27,7 @@ hypothesis.settings.load_profile("quick")
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
-    # A shell that runs this in the background has SIGINT ignored, and every process that a test starts would inherit it.
+    # A shell that runs this in the background ignores SIGINT, and the processes that tests start would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
