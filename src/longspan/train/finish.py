@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 from longspan import __version__
 from longspan.attention import masks
@@ -55,7 +54,7 @@ def finish(setting: Setting, trainer: Trainer, outcome: Outcome) -> Path | None:
     dist.barrier()
     try:
         save_pretrained(trainer.model, folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise OSError(f"the trained model could not be written to {folder}: {error}") from None
     if rank != 0:
         return None

@@ -266,7 +266,8 @@ def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> bool:
             later = _catch_up(setting, done, elapsed_s)
             if later > done and not stop_reason:
                 if isinstance(metrics, MetricsWriter):
-                    metrics.event(done, f"steps {done + 1} to {later} left out, to keep within {config.limit_s:g} s")
+                    left_out = f"steps {done + 1} to {later} left out, to keep within {config.limit_s:g} s"
+                    _record(metrics.event, done, left_out)
                 loader.close()
                 done = later
                 loader = batches()
