@@ -67,8 +67,8 @@ def _with_status(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_nothing_is_called_verified_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(catalogue.VERIFIED, "method/token_ring", "everything")
-    with pytest.raises(ValueError, match="only what is there, got 'method/token_ring'"):
+    monkeypatch.setitem(catalogue.VERIFIED, "method/nothing_ring", "everything")
+    with pytest.raises(ValueError, match="only what is there, got 'method/nothing_ring'"):
         methods_table()
 
 

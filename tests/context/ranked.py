@@ -14,16 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.attention.masks import Mask, causal, full
-from longspan.context import attend, attention, shard, unshard
-from longspan.context.build import Built
-from longspan.context.check import check
+from longspan.context import attention, shard, unshard
 from longspan.context.engine import Worker
-from longspan.context.geometry import Geometry
-from longspan.context.lower import lower
-from longspan.context.passes import prune_schedule
-from longspan.context.run import Bound, bind
-from longspan.layout.tokens import Layout, make_layout
-from tests.context import prototypes
+from longspan.layout.tokens import make_layout
 from tests.context.cases import inputs
 
 
@@ -34,30 +27,15 @@ class Case:
     mask: Mask
     num_heads: int
     num_kv_heads: int
-    method: str  # of the package, or a prototype's name
+    method: str
     layout: str
     batch: int = 1
     softcap: float | None = None
 
 
-def _prototype_handle(case: Case, layout: Layout, group: dist.ProcessGroup) -> int:
-    geometry = Geometry(case.mask, layout)
-    build = getattr(prototypes, case.method)
-    schedule = prune_schedule(build(layout, case.num_heads, case.num_kv_heads), geometry)
-    check(schedule, geometry)
-    rank = dist.get_rank(group)
-    forward = lower(schedule.forward, schedule, geometry, rank, backward=False)
-    backward = lower(schedule.backward, schedule, geometry, rank, backward=True)
-    built = Built(case.method, layout, case.num_heads, case.num_kv_heads, rank, forward, backward, "0")
-    return bind(Bound(built, group if layout.world > 1 else None, 0.7, case.softcap, "reference"))
-
-
 def attend_locally(case: Case, tensors: list[Tensor], group: dist.ProcessGroup) -> Tensor:
     """The local output for local q, k, v."""
     q, k, v = tensors
-    if hasattr(prototypes, case.method):
-        layout = make_layout(case.layout, case.mask.num_tokens, dist.get_world_size(group))
-        return attend(q, k, v, _prototype_handle(case, layout, group))
     return attention(
         q,
         k,
@@ -184,9 +162,9 @@ def most_messages_alive(rank: int, world: int, num_tokens: int) -> tuple[int, in
     total, peak = 0, 0
     empty_message, compute = Worker.empty_message, Worker.compute
 
-    def counted(self, kind, tokens, heads):
+    def counted(self, kind, tokens, heads, complete):
         nonlocal total
-        flat = empty_message(self, kind, tokens, heads)
+        flat = empty_message(self, kind, tokens, heads, complete)
         total += flat.numel()
         alive.append(weakref.ref(flat))
         return flat

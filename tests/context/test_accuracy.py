@@ -3,7 +3,8 @@
 Errors are root mean squares against float64 on the same (rounded) inputs. The bound on growth is sqrt(2): the kernel
 may round each block's output to the inputs' dtype; merging weighs blocks by shares that add up to 1, so all these
 roundings together are at most as large as one, and the last rounding, which a single block has too, is as large again.
-Gradients are summed in fp32, where P summands cost less than the inputs' rounding does.
+Gradients are summed in fp32: P summands round P times, each by 2^-24/sqrt(3) of the sum in root mean square, which
+counts only where the inputs are fp32 too.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ from longspan.attention.bands import Bands
 from longspan.attention.kernels import Kernel, pick
 from longspan.context.emulate import emulate
 from longspan.context.engine import Settings
-from longspan.context.methods.ring import ring, zigzag_ring
+from longspan.context.methods import builder
 from longspan.context.passes import prune_schedule
 from longspan.layout.tokens import make_layout
-from tests.context import prototypes
 from tests.context.cases import MASKS, geometry_of, inputs
 from tests.oracles.attention import dense_attention
 
@@ -31,11 +31,14 @@ S, H, G, D = 128, 4, 2, 32
 SCALE = D**-0.5
 WORLDS = (1, 2, 3, 4, 8, 16)
 METHODS = {
-    "ring": (ring, "striped"),
-    "zigzag": (zigzag_ring, "zigzag"),
-    "token_ring": (prototypes.token_ring, "contiguous"),
-    "ulysses": (prototypes.ulysses, "contiguous"),
-}
+    "ring": "striped",
+    "zigzag": "zigzag",
+    "descending": "zigzag",
+    "token_ring": "contiguous",
+    "ulysses": "contiguous",
+    "usp": "zigzag",
+    "mask_aware": "zigzag",
+}  # and the layout
 RANKS_GROWTH = 2**0.5
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -76,9 +79,8 @@ def _problem(mask: str, dtype: torch.dtype) -> Problem:
 
 def _errors(method: str, mask: str, dtype: torch.dtype, world: int, kernel: Kernel | None = None) -> list[float]:
     problem = _problem(mask, dtype)
-    build, layout = METHODS[method]
-    geometry = geometry_of(MASKS[mask](S), make_layout(layout, S, world))
-    schedule = prune_schedule(build(geometry.layout, H, G), geometry)
+    geometry = geometry_of(MASKS[mask](S), make_layout(METHODS[method], S, world))
+    schedule = prune_schedule(builder(method, world)(geometry.layout, H, G), geometry)
     q, k, v, dout = problem.tensors
     settings = Settings(kernel or pick(q, softcap=None), SCALE, None)
     got = emulate(schedule, geometry, q, k, v, settings, dout)
@@ -97,7 +99,9 @@ def test_error_is_at_most_twice_the_plain_formulas_and_does_not_grow(
     for world in WORLDS:
         for name, error, own, reference in zip(NAMES, _errors(method, mask, dtype, world), alone, plain, strict=True):
             assert error <= 2 * reference, f"{name} on {world} ranks: {error:.2e}, plain formula {reference:.2e}"
-            assert error <= RANKS_GROWTH * own, f"{name} on {world} ranks: {error:.2e}, on one rank {own:.2e}"
+            assert error <= RANKS_GROWTH * own + (world / 3) ** 0.5 * 2**-24, (
+                f"{name} on {world} ranks: {error:.2e}, on one rank {own:.2e}"
+            )
 
 
 class _Rounding:

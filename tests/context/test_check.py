@@ -13,28 +13,30 @@ from longspan.context.check import ScheduleError, areas, check
 from longspan.context.emulate import emulate
 from longspan.context.engine import Settings
 from longspan.context.geometry import Geometry
-from longspan.context.methods.ring import ring, zigzag_ring
+from longspan.context.methods import builder
 from longspan.context.passes import prune_schedule
 from longspan.context.schedule import Block, Move, Phase, Piece, Schedule
 from longspan.layout.tokens import make_layout
-from tests.context import prototypes
 from tests.context.cases import MASKS, assert_equal, inputs
 from tests.context.mutations import DAMAGES, damaged
 from tests.oracles.attention import dense_attention
 
 CASES = [
-    (ring, "contiguous", "causal", 4),
-    (ring, "striped", "full", 3),
-    (ring, "zigzag", "holes", 4),
-    (zigzag_ring, "zigzag", "causal", 3),
-    (prototypes.token_ring, "contiguous", "full", 3),
-    (prototypes.token_ring, "zigzag", "causal", 3),
-    (prototypes.light_seq, "contiguous", "causal", 4),
-    (prototypes.ulysses, "zigzag", "causal", 3),
-    (prototypes.burst, "contiguous", "full", 3),
-    (prototypes.double_ring, "zigzag", "documents", 4),
+    ("ring", "contiguous", "causal", 4),
+    ("ring", "striped", "full", 3),
+    ("ring", "zigzag", "holes", 4),
+    ("descending", "zigzag", "causal", 3),
+    ("opposing", "contiguous", "prefix", 3),
+    ("token_ring", "contiguous", "full", 3),
+    ("token_ring", "zigzag", "causal", 3),
+    ("light_seq", "contiguous", "causal", 4),
+    ("ulysses", "zigzag", "causal", 3),
+    ("usp:2", "contiguous", "window", 4),
+    ("burst", "contiguous", "full", 3),
+    ("double_ring:2", "zigzag", "documents", 4),
+    ("mask_aware", "zigzag", "causal", 3),
 ]
-IDS = ["-".join((build.__name__, *rest[:2])) for build, *rest in CASES]
+IDS = ["-".join(case[:3]) for case in CASES]
 
 
 @dataclass
@@ -68,10 +70,10 @@ class Case:
         return True
 
 
-def _case(build, layout: str, mask: str, world: int) -> Case:
+def _case(method: str, layout: str, mask: str, world: int) -> Case:
     num_tokens = 3 * world + 1
     geometry = Geometry(MASKS[mask](num_tokens), make_layout(layout, num_tokens, world))
-    return Case(prune_schedule(build(geometry.layout, 4, 2), geometry), geometry)
+    return Case(prune_schedule(builder(method, world)(geometry.layout, 4, 2), geometry), geometry)
 
 
 @pytest.fixture
@@ -115,7 +117,7 @@ def test_few_right_programs_are_refused(nan_in_fresh_memory) -> None:
 def _schedule(moves: list[Move], blocks: list[Block]) -> tuple[Schedule, Geometry]:
     layout = make_layout("contiguous", 8, 2)
     geometry = Geometry(MASKS["full"](8), layout)
-    schedule = prune_schedule(ring(layout, 2, 1), geometry)
+    schedule = prune_schedule(builder("ring", 2)(layout, 2, 1), geometry)
     return replace(schedule, forward=Phase(tuple(moves), tuple(blocks))), geometry
 
 
@@ -167,6 +169,6 @@ def test_a_move_needs_two_ranks_and_time() -> None:
 
 def test_areas_say_who_works_how_much() -> None:
     geometry = Geometry(MASKS["causal"](24), make_layout("zigzag", 24, 3))
-    schedule = prune_schedule(ring(geometry.layout, 4, 2), geometry)
+    schedule = prune_schedule(builder("ring", 2)(geometry.layout, 4, 2), geometry)
     assert areas(schedule, geometry) == (400, 400, 400)
     assert sum(areas(schedule, geometry)) == 4 * geometry.mask.area

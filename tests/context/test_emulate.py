@@ -14,11 +14,11 @@ from longspan.context.check import ScheduleError
 from longspan.context.emulate import emulate
 from longspan.context.engine import Settings
 from longspan.context.geometry import Geometry
-from longspan.context.methods.ring import ring, zigzag_ring
+from longspan.context.methods import METHODS, builder
+from longspan.context.methods.ring import ring
 from longspan.context.passes import prune_schedule
 from longspan.context.schedule import Block, Phase
 from longspan.layout.tokens import make_layout
-from tests.context import prototypes
 from tests.context.cases import LAYOUTS, MASKS, SHAPES, assert_equal, emulated, inputs
 from tests.oracles.attention import dense_attention
 
@@ -29,34 +29,67 @@ def test_ring_is_exact(mask: str, world: int) -> None:
     """Masks x shapes x ranks, on layouts that take turns so that each layout meets every mask, shape and rank count."""
     turn = world + list(MASKS).index(mask)
     for number, layout in enumerate(LAYOUTS):
-        build = zigzag_ring if layout == "zigzag" else ring
         for h, g in (SHAPES[(2 * number + turn + i) % len(SHAPES)] for i in range(2)):
-            assert_equal(*emulated(build, MASKS[mask](23), make_layout(layout, 23, world), h, g))
+            assert_equal(*emulated(ring, MASKS[mask](23), make_layout(layout, 23, world), h, g))
     # Fewer tokens than ranks for most worlds.
     layout = LAYOUTS[turn % len(LAYOUTS)]
     assert_equal(*emulated(ring, MASKS[mask](5), make_layout(layout, 5, world), *SHAPES[-1]))
 
 
+ANY_MASK = [name for name in METHODS if name not in ("ring", "light_seq", "distributed_mha")]
+
+
 @pytest.mark.parametrize("world", range(1, 9))
-@pytest.mark.parametrize("name", ["token_ring", "ulysses", "burst", "double_ring"])
-def test_prototypes_are_exact(name: str, world: int) -> None:
-    if name == "double_ring" and world % 2:
-        pytest.skip("two windows need an even number of ranks")
-    build = getattr(prototypes, name)
+@pytest.mark.parametrize("name", ANY_MASK)
+def test_methods_are_exact(name: str, world: int) -> None:
+    """Every method on every mask and shape; layouts take turns."""
+    build = builder(name, world)
     for number, (mask, (h, g)) in enumerate(itertools.product(MASKS, SHAPES)):
         layout = LAYOUTS[(number + number // len(SHAPES) + world) % len(LAYOUTS)]
         assert_equal(*emulated(build, MASKS[mask](23), make_layout(layout, 23, world), h, g))
+    assert_equal(*emulated(build, MASKS["causal"](5), make_layout("contiguous", 5, world), *SHAPES[-1]))
+
+
+@pytest.mark.parametrize(("name", "world"), [("usp:2", 8), ("usp:3", 6), ("usp:6", 6), ("double_ring:3", 6)])
+def test_degrees_are_exact(name: str, world: int) -> None:
+    for mask, (h, g) in itertools.product(("causal", "documents", "holes"), SHAPES):
+        assert_equal(*emulated(builder(name, world), MASKS[mask](23), make_layout("zigzag", 23, world), h, g))
 
 
 @pytest.mark.parametrize("world", range(1, 9))
-def test_light_seq_is_exact_on_causal(world: int) -> None:
-    for s, (h, g) in itertools.product((7, 23), SHAPES):
-        assert_equal(*emulated(prototypes.light_seq, masks.causal(s), make_layout("contiguous", s, world), h, g))
+def test_light_seq_is_exact_on_masks_that_look_back(world: int) -> None:
+    layouts = [make_layout("contiguous", s, world) for s in (7, 23)]
+    for layout, (h, g) in itertools.product(layouts, SHAPES):
+        s = layout.num_tokens
+        for mask in (masks.causal(s), masks.documents([s - 3, 3]), masks.sliding_window(s, 4, 0)):
+            assert METHODS["light_seq"].reason_against(mask, layout) is None
+            assert_equal(*emulated(METHODS["light_seq"].build, mask, layout, h, g))
 
 
-def test_light_seq_is_refused_on_a_full_mask() -> None:
+def test_light_seq_refuses_what_it_cannot_compute() -> None:
+    light_seq, layout = METHODS["light_seq"], make_layout("contiguous", 12, 4)
+    assert "later shards" in (light_seq.reason_against(masks.full(12), layout) or "")
+    assert "later shards" in (light_seq.reason_against(masks.sliding_window(12, 2, 1), layout) or "")
+    assert "contiguous" in (light_seq.reason_against(masks.causal(12), make_layout("zigzag", 12, 4)) or "")
+    # Documents that end with the shards look ahead, but not into later shards.
+    assert light_seq.reason_against(masks.documents([3, 3, 3, 3], causal=False), layout) is None
     with pytest.raises(ScheduleError, match="computed 0 times"):
-        emulated(prototypes.light_seq, masks.full(12), make_layout("contiguous", 12, 4), 1, 1)
+        emulated(light_seq.build, masks.full(12), layout, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("usp:3", "must divide the 4 ranks"),
+        ("usp:0", "must divide the 4 ranks"),
+        ("usp:x", "must divide the 4 ranks"),
+        ("ring:2", "takes no degree"),
+        ("rings", "unknown context-parallel method"),
+    ],
+)
+def test_unfit_methods_are_refused(name: str, rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        builder(name, 4)
 
 
 def test_softcap() -> None:

@@ -50,9 +50,9 @@ def test_opcheck(mask: str, dtype: torch.dtype) -> None:
     handle = _handle(MASKS[mask](S))
     leaves, dout = _leaves(dtype=dtype)
     torch.library.opcheck(OP, (*leaves, handle))
-    out, lse = OP(*leaves, handle)
+    out, lse, saved = OP(*leaves, handle)
     delta = (dout * out).sum(-1).transpose(1, 2).to(lse.dtype).contiguous()
-    plain = [x.detach() for x in (dout, *leaves, lse, delta)]
+    plain = [x.detach() for x in (dout, *leaves, lse, delta, saved)]
     torch.library.opcheck(torch.ops.longspan.attention_backward, (*plain, handle))
     release(handle)
 
@@ -167,7 +167,7 @@ def test_gradients_through_out_and_lse_are_exact(mask: str, softcap: float | Non
     seen = chosen.dense().any(1)
 
     def both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = OP(q, k, v, handle)
+        out, lse, _ = OP(q, k, v, handle)
         return out, lse[..., seen]  # -inf has no difference quotient
 
     assert torch.autograd.gradcheck(both, leaves)

@@ -9,6 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,11 +19,11 @@ from longspan.attention.kernels import pick
 from longspan.context.engine import Record, Settings, Worker
 from longspan.context.geometry import Geometry
 from longspan.context.lower import Program, lower_all
-from longspan.context.methods.ring import ring, zigzag_ring
-from longspan.context.passes import prune, prune_schedule, replay
+from longspan.context.methods import builder
+from longspan.context.methods.ring import ring
+from longspan.context.passes import mark_complete, prune, prune_schedule, replay
 from longspan.context.schedule import Move, Phase, Piece, Schedule, Sizes, bytes_sent, ordered
 from longspan.layout.tokens import make_layout
-from tests.context import prototypes
 from tests.context.cases import MASKS, inputs
 
 H, G, D, N = 8, 4, 16, 12  # query heads, KV heads, head dim, tokens of a rank
@@ -39,8 +40,9 @@ class Unit:
         self.dq, self.dkv = self.q * sums // 2, self.kv * sums // 2
 
 
-def _schedule(build: Method, world: int, mask: str = "full", layout: str = "contiguous", *, pruned: bool = True):
+def _schedule(method: str | Method, world: int, mask: str = "full", layout: str = "contiguous", *, pruned: bool = True):
     geometry = Geometry(MASKS[mask](N * world), make_layout(layout, N * world, world))
+    build = builder(method, world) if isinstance(method, str) else method
     schedule = build(geometry.layout, H, G)
     return prune_schedule(schedule, geometry) if pruned else schedule
 
@@ -55,33 +57,31 @@ def _sent(schedule: Schedule, unit: Unit) -> tuple[list[int], list[int]]:
 def test_ring(world: int, pruned: bool) -> None:
     unit = Unit()
     for layout in ("contiguous", "zigzag", "striped"):
-        forward, backward = _sent(_schedule(ring, world, layout=layout, pruned=pruned), unit)
+        forward, backward = _sent(_schedule("ring", world, layout=layout, pruned=pruned), unit)
         assert forward == [(world - 1) * unit.kv] * world
         assert backward == [3 * (world - 1) * unit.kv] * world
-    _, backward = _sent(_schedule(ring, world, pruned=pruned), Unit(sums=2))
+    _, backward = _sent(_schedule("ring", world, pruned=pruned), Unit(sums=2))
     assert backward == [2 * (world - 1) * unit.kv] * world
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_causal_mask_prunes_the_ring(world: int) -> None:
     unit = Unit()
-    forward, _ = _sent(_schedule(ring, world, "causal"), unit)
+    forward, _ = _sent(_schedule("ring", world, "causal"), unit)
     # Rank r passes on its own keys and those of all lower ranks; the last rank's keys are nobody's.
     assert forward == [(rank + 1) * unit.kv for rank in range(world - 1)] + [0]
     assert sum(forward) == world * (world - 1) * unit.kv // 2 and max(forward) == (world - 1) * unit.kv
-    unpruned, _ = _sent(_schedule(ring, world, "causal", pruned=False), unit)
+    unpruned, _ = _sent(_schedule("ring", world, "causal", pruned=False), unit)
     assert unpruned == [(world - 1) * unit.kv] * world
-    forward, backward = _sent(_schedule(zigzag_ring, world, "causal", "zigzag"), unit)
-    assert Fraction(sum(forward), world * (world - 1) * unit.kv) == Fraction(3, 4)
-    assert sum(backward) < 3 * world * (world - 1) * unit.kv
-    upward, _ = _sent(_schedule(ring, world, "causal", "zigzag"), unit)
+    forward, _ = _sent(_schedule("descending", world, "causal", "zigzag"), unit)
+    upward, _ = _sent(_schedule("ring", world, "causal", "zigzag"), unit)
     assert sum(upward) > sum(forward) or world == 2
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_token_ring(world: int) -> None:
     for unit in (Unit(sums=2), Unit(sums=4)):
-        forward, backward = _sent(_schedule(prototypes.token_ring, world), unit)
+        forward, backward = _sent(_schedule("token_ring", world), unit)
         assert forward == [(world - 1) * (unit.q + unit.dq + unit.lse)] * world
         # q with do, lse and delta go out; dq comes home, and nothing of the keys moves.
         assert backward == [(world - 1) * (2 * unit.q + 2 * unit.lse + unit.dq)] * world
@@ -90,7 +90,7 @@ def test_token_ring(world: int) -> None:
 @pytest.mark.parametrize("world", WORLDS)
 def test_light_seq_mean(world: int) -> None:
     unit = Unit(sums=2)
-    forward, backward = _sent(_schedule(prototypes.light_seq, world, "causal"), unit)
+    forward, backward = _sent(_schedule("light_seq", world, "causal"), unit)
     p = Fraction(world)
     if world % 2:
         keys, helped = (p - 1) * (3 * p - 1) / (8 * p), (p * p - 1) / (8 * p)
@@ -99,18 +99,18 @@ def test_light_seq_mean(world: int) -> None:
     assert Fraction(sum(forward), world) == keys * unit.kv + helped * (2 * unit.q + unit.lse)
     assert Fraction(sum(backward), world) == 2 * keys * unit.kv + helped * (3 * unit.q + 2 * unit.lse)
     wide = Unit(sums=4)
-    _, backward = _sent(_schedule(prototypes.light_seq, world, "causal"), wide)
+    _, backward = _sent(_schedule("light_seq", world, "causal"), wide)
     assert Fraction(sum(backward), world) == 3 * keys * wide.kv + helped * (4 * wide.q + 2 * wide.lse)
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_burst_and_double_ring(world: int) -> None:
     unit = Unit()
-    forward, backward = _sent(_schedule(prototypes.burst, world), unit)
+    forward, backward = _sent(_schedule("burst", world), unit)
     assert forward == [(world - 1) * unit.kv] * world
     assert backward == [(world - 1) * (2 * unit.q + 2 * unit.lse + unit.dq)] * world
     if world % 2 == 0:
-        schedule = _schedule(prototypes.double_ring, world)
+        schedule = _schedule("double_ring:2", world)
         forward, backward = _sent(schedule, unit)
         assert forward == [(world - 1) * unit.kv] * world
         assert backward == [3 * (world - 1) * unit.kv] * world
@@ -120,20 +120,109 @@ def test_burst_and_double_ring(world: int) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ulysses(world: int) -> None:
-    """Heads divide: (P-1)/P of q, kv and o with its lse go out; in backward also do, with dq and dkv in the sums."""
-    unit = Unit(sums=2)
-    forward, backward = _sent(_schedule(prototypes.ulysses, world), unit)
+    """Heads divide: (P-1)/P of q, kv and o with its lse go out, of do, dq and dkv come back; all sums are complete."""
     share = Fraction(world - 1, world)
-    assert forward == [share * (2 * unit.q + unit.kv + unit.lse)] * world
-    assert backward == [share * (3 * unit.q + 2 * unit.kv + 2 * unit.lse)] * world
+    for unit in (Unit(sums=2), Unit(sums=4)):
+        forward, backward = _sent(_schedule("ulysses", world), unit)
+        assert forward == [share * (2 * unit.q + unit.kv + unit.lse)] * world
+        assert backward == [share * (2 * unit.q + unit.kv + 2 * unit.lse)] * world
+
+
+def test_ulysses_in_fp32_where_a_kv_head_is_shared() -> None:
+    """On 8 ranks each of the 4 KV heads is read by two: kv goes out twice, and its gradient comes back in two parts."""
+    unit, share = Unit(), Fraction(7, 8)
+    forward, backward = _sent(_schedule("ulysses", 8), unit)
+    assert forward == [share * (2 * unit.q + 2 * unit.kv + unit.lse)] * 8
+    assert backward == [share * (2 * unit.q + 2 * unit.dkv + 2 * unit.lse)] * 8
 
 
 def test_ulysses_with_uneven_heads_touches_more_kv_heads() -> None:
     """H = 6, G = 3 on 4 ranks: query heads 0-1, 2-3, 4, 5 read 1 + 1 + 1 + 1 KV heads, the last one twice."""
-    layout = make_layout("contiguous", 4 * N, 4)
-    schedule = prototypes.ulysses(layout, 6, 3)
+    schedule = builder("ulysses", 4)(make_layout("contiguous", 4 * N, 4), 6, 3)
     moved = {m.dst: m.piece.heads for m in schedule.forward.moves if m.piece.kind == "kv"}
     assert moved == {0: (0, 1), 1: (1, 2), 2: (2, 3), 3: (2, 3)}
+
+
+@pytest.mark.parametrize(("world", "degree"), [(4, 2), (8, 2), (8, 4), (6, 3)])
+def test_usp(world: int, degree: int) -> None:
+    """The exchange inside a group, and a ring of super-shards between groups, whose dkv goes home to each owner."""
+    unit, share, rounds = Unit(), Fraction(degree - 1, degree), world // degree - 1
+    touched = sum(-(-b // 2) - a // 2 for a, b in _shares(degree))  # KV heads that the ranks of a group read, of 4
+    kv, dkv = Fraction(unit.kv * touched, G), Fraction(unit.dkv * touched, G)
+    schedule = _schedule(f"usp:{degree}", world)
+    forward, backward = _sent(schedule, unit)
+    assert Fraction(sum(forward), world) == share * (2 * unit.q + unit.lse + kv) + rounds * kv
+    # Between groups keys travel again, and partial sums of each KV head go home in fp32.
+    assert Fraction(sum(backward), world) == (
+        share * (2 * unit.q + 2 * unit.lse) + share * dkv + rounds * (kv + dkv)
+    )  # fmt: skip
+
+
+def _shares(degree: int) -> list[tuple[int, int]]:
+    edges = [0]
+    for rank in range(degree):
+        edges.append(edges[-1] + H // degree + (rank < H % degree))
+    return list(pairwise(edges))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_all_gather_and_mask_aware(world: int) -> None:
+    unit = Unit()
+    for method in ("all_gather", "mask_aware"):
+        forward, backward = _sent(_schedule(method, world), unit)
+        assert forward == [(world - 1) * unit.kv] * world
+        assert backward == [(world - 1) * (unit.kv + unit.dkv)] * world
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_opposing_rings_send_a_rings_bytes_half_each_way(world: int) -> None:
+    unit = Unit()
+    schedule = _schedule("opposing", world)
+    forward, backward = _sent(schedule, unit)
+    assert forward == [(world - 1) * unit.kv] * world
+    assert backward == [3 * (world - 1) * unit.kv] * world
+    links = defaultdict(int)
+    for move in schedule.forward.moves:
+        links[move.src, move.dst] += unit.sizes.of_move(move)
+    if world > 2:
+        assert set(links.values()) == {(world - 1) * unit.kv // 2}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_descending_ring_sheds_a_quarter_of_both_phases(world: int) -> None:
+    """Causal, zigzag: keys, and their gradients behind them, go no further than the last rank that computes on them."""
+    unit = Unit()
+    forward, backward = _sent(_schedule("descending", world, "causal", "zigzag"), unit)
+    assert Fraction(sum(forward), world * (world - 1) * unit.kv) == Fraction(3, 4)
+    assert Fraction(sum(backward), world * (world - 1) * unit.kv) == 3 * Fraction(3, 4)
+
+
+def test_only_sums_that_lack_nothing_are_complete() -> None:
+    """Dropping one contribution of a complete sum, or adding one elsewhere, makes it incomplete."""
+    schedule = _schedule("ulysses", 4)
+    geometry = Geometry(MASKS["full"](4 * N), schedule.layout)
+    complete = [m.complete for m in schedule.forward.moves if m.piece.kind == "o"]
+    assert complete and all(complete)
+    assert not any(m.complete for m in _schedule("token_ring", 4).forward.moves)
+    block = schedule.forward.blocks[0]
+    half = [replace(block, rank=1, k=((0, N),)), *schedule.forward.blocks]
+    again = mark_complete(_plain(Phase(schedule.forward.moves, tuple(half))), schedule, geometry, backward=False)
+    found = {(m.src, m.complete) for m in again.moves if m.piece.kind == "o"}
+    assert found == {(0, False), (1, True), (2, True), (3, True)}
+
+
+def _plain(phase: Phase) -> Phase:
+    return Phase(tuple(replace(m, complete=False) for m in phase.moves), phase.blocks)
+
+
+def test_what_is_kept_is_not_sent_again() -> None:
+    schedule = _schedule("usp:2", 4)
+    kept = [m for m in schedule.forward.moves if m.kept]
+    assert {m.piece.kind for m in kept} == {"q", "kv"} and {m.step for m in kept} == {0}
+    again = {(m.src, m.dst, m.piece) for m in schedule.backward.moves}
+    assert not again & {(m.src, m.dst, m.piece) for m in kept}
+    with pytest.raises(ValueError, match="only q and kv can be kept"):
+        Move(0, 0, 1, Piece("do", ((0, 1),), (0, 1)), kept=True)
 
 
 def test_prune_keeps_relays_and_drops_what_nobody_reads() -> None:
@@ -166,7 +255,7 @@ def test_keys_that_do_not_hop_cannot_be_followed() -> None:
     own = Piece("kv", (layout.owned(0),), (0, 1))
     forward = Phase((Move(0, 0, 1, own), Move(0, 0, 2, own)), ())
     with pytest.raises(ValueError, match=r"dkv can follow only keys that hop.*use dkv='home'"):
-        replay(forward, layout, 1, 1, dkv="follow")
+        replay(forward, layout, 1, dkv="follow")
 
 
 def test_moves_of_a_step_are_ordered_by_distance() -> None:
@@ -221,23 +310,24 @@ def _peaks(programs: list[Program], workers: list[Worker]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("build", "layout", "mask"),
+    ("method", "layout", "mask"),
     [
-        (ring, "contiguous", "full"),
-        (zigzag_ring, "zigzag", "causal"),
-        (prototypes.token_ring, "contiguous", "full"),
-        (prototypes.light_seq, "contiguous", "causal"),
-        (prototypes.ulysses, "contiguous", "full"),
-        (prototypes.burst, "contiguous", "full"),
-        (prototypes.double_ring, "contiguous", "full"),
+        ("ring", "contiguous", "full"),
+        ("descending", "zigzag", "causal"),
+        ("usp", "contiguous", "full"),
+        ("mask_aware", "contiguous", "documents"),
+        ("token_ring", "contiguous", "full"),
+        ("light_seq", "contiguous", "causal"),
+        ("ulysses", "contiguous", "full"),
+        ("burst", "contiguous", "full"),
+        ("double_ring:2", "contiguous", "full"),
     ],
-    ids=lambda value: getattr(value, "__name__", value),
 )
 @pytest.mark.parametrize("backward", [False, True])
-def test_peak_bytes_are_what_is_alive(build: Method, layout: str, mask: str, backward: bool) -> None:
+def test_peak_bytes_are_what_is_alive(method: str, layout: str, mask: str, backward: bool) -> None:
     world, sizes = 4, Sizes(batch=1, head_dim=8, inputs=4, sums=4)
     geometry = Geometry(MASKS[mask](16 * world), make_layout(layout, 16 * world, world))
-    schedule = prune_schedule(build(geometry.layout, 4, 2), geometry)
+    schedule = prune_schedule(builder(method, world)(geometry.layout, 4, 2), geometry)
     q, k, v, dout = inputs(16 * world, 4, 2, dtype=torch.float32, d=8, b=1)
     settings = Settings(pick(q, softcap=None, name="reference"), 0.7, None)
     programs = lower_all(schedule.backward if backward else schedule.forward, schedule, geometry, backward=backward)
@@ -247,7 +337,8 @@ def test_peak_bytes_are_what_is_alive(build: Method, layout: str, mask: str, bac
         records: list[Record] = [(q[:, own],), (k[:, own], v[:, own])]
         if backward:
             records.append((dout[:, own], torch.zeros(1, 4, 16), torch.zeros(1, 4, 16)))
-        workers.append(Worker(program, records, settings))
+        saved = sum(sizes.of(program.buffers[buffer].piece) for buffer in program.saved) if backward else 0
+        workers.append(Worker(program, records, settings, torch.zeros(saved, dtype=torch.uint8) if saved else None))
     measured = _peaks(programs, workers)
     for program, bytes_alive in zip(programs, measured, strict=True):
         assert bytes_alive <= program.peak_bytes(sizes) <= 1.1 * bytes_alive
@@ -256,7 +347,7 @@ def test_peak_bytes_are_what_is_alive(build: Method, layout: str, mask: str, bac
 @pytest.mark.parametrize("world", [4, 8])
 def test_a_ring_holds_two_blocks_of_foreign_keys_whatever_the_ranks(world: int) -> None:
     unit = Unit()
-    schedule = _schedule(ring, world)
+    schedule = _schedule("ring", world)
     geometry = Geometry(MASKS["full"](N * world), schedule.layout)
     own = unit.q + unit.kv + (unit.dq + unit.lse)
     for program in lower_all(schedule.forward, schedule, geometry, backward=False):

@@ -11,6 +11,7 @@ from longspan.context.check import check
 from longspan.context.choose import default_layout, default_method
 from longspan.context.geometry import Geometry
 from longspan.context.lower import Program, lower
+from longspan.context.methods import builder
 from longspan.context.methods import method as method_of
 from longspan.context.passes import prune_schedule
 from longspan.context.schedule import Schedule
@@ -55,8 +56,11 @@ def checked_schedule(mask: Mask, layout: Layout, method: str, num_heads: int, nu
     """The method's schedule, pruned for the mask and proved right."""
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"query heads must be a multiple of KV heads, got {num_heads} and {num_kv_heads}")
+    reason = method_of(method).reason_against(mask, layout)
+    if reason is not None:
+        raise ValueError(f"method {method!r} cannot compute this mask on this layout: {reason}; take method 'auto'")
     geometry = _geometry(mask, layout)
-    schedule = prune_schedule(method_of(method).build(layout, num_heads, num_kv_heads), geometry)
+    schedule = prune_schedule(builder(method, layout.world)(layout, num_heads, num_kv_heads), geometry)
     check(schedule, geometry)
     return schedule
 

@@ -79,6 +79,10 @@ def _check_phase(phase: Phase, schedule: Schedule, geometry: Geometry, *, backwa
     for rank, tokens in enumerate(owned):
         for kind in input_kinds:
             have.add(rank, kind, tokens, range(len(have.of(rank, kind))))
+    for move in schedule.forward.moves if backward else ():
+        if move.kept:  # proved to arrive by the forward phase's own check
+            heads = atoms.heads(move.piece.heads, kv=move.piece.kind in KV_KINDS)
+            have.add(move.dst, move.piece.kind, atoms.bits(move.piece.tokens), heads)
     posted, landing, computed = defaultdict(list), defaultdict(list), defaultdict(list)
     for move in phase.moves:
         cells = atoms.bits(move.piece.tokens), atoms.heads(move.piece.heads, kv=move.piece.kind in KV_KINDS)

@@ -37,4 +37,4 @@ def default_layout(mask: Mask, world: int, method: str = "auto") -> Layout:
 def default_method(mask: Mask, layout: Layout) -> str:
     """The method for ``auto`` on a layout."""
     del mask
-    return "zigzag" if layout.name == "zigzag" else "ring"
+    return "descending" if layout.name == "zigzag" else "ring"

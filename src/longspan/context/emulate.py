@@ -73,23 +73,24 @@ def emulate(
     def joined(parts: list[Tensor], dim: int = 1) -> Tensor:
         return torch.cat(parts, dim).index_select(dim, torch.from_numpy(layout.slots).to(q.device))
 
-    def phase(inputs: list[list[Record]], *, backward: bool) -> list[Worker]:
+    def phase(inputs: list[list[Record]], saved: list[Tensor | None], *, backward: bool) -> list[Worker]:
         source = schedule.backward if backward else schedule.forward
         programs = lower_all(source, schedule, geometry, backward=backward)
-        workers = [Worker(p, i, settings) for p, i in zip(programs, inputs, strict=True)]
+        workers = [Worker(p, i, settings, s) for p, i, s in zip(programs, inputs, saved, strict=True)]
         exchange_in_lockstep(programs, workers)
         return workers
 
     qs, ks, vs = split(q), split(k), split(v)
     own: list[list[Record]] = [[(qr,), (kr, vr)] for qr, kr, vr in zip(qs, ks, vs, strict=True)]
-    results = [worker.result() for worker in phase(own, backward=False)]
+    workers = phase(own, [None] * layout.world, backward=False)
+    results = [worker.result() for worker in workers]
     out, lse = joined([r[0] for r in results]), joined([r[1] for r in results], 2)
     if dout is None:
         return Emulation(out.to(q.dtype), lse, None)
     for inputs, local, (out_r, lse_r) in zip(own, split(dout), results, strict=True):
         delta = (local.to(accumulation_dtype(q.dtype)) * out_r.to(q.dtype)).sum(-1).transpose(1, 2)
         inputs.append((local, lse_r, delta.contiguous()))
-    workers = phase(own, backward=True)
+    workers = phase(own, [worker.saved() for worker in workers], backward=True)
     dq = joined([worker.result(0)[0] for worker in workers])
     dk, dv = (joined([worker.result(1)[i] for worker in workers]) for i in (0, 1))
     return Emulation(out.to(q.dtype), lse, (dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)))

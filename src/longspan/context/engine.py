@@ -16,8 +16,9 @@ from torch import Tensor
 
 from longspan.attention.kernels import Kernel
 from longspan.attention.merge import merge_
+from longspan.context.geometry import count
 from longspan.context.lower import Compute, Part, Program, Receive, Region, Send, Write
-from longspan.context.schedule import Kind
+from longspan.context.schedule import INPUTS, Kind
 
 
 class Axes(NamedTuple):
@@ -66,10 +67,11 @@ class Settings:
 class Worker:
     """State of one rank during one phase.
 
-    ``inputs`` are the own records in the order of ``program.own`` (q, kv and, in backward, do).
+    ``inputs`` are the own records in the order of ``program.own`` (q, kv and, in backward, do); ``saved`` is what the
+    worker of the forward phase ``saved()``.
     """
 
-    def __init__(self, program: Program, inputs: list[Record], settings: Settings) -> None:
+    def __init__(self, program: Program, inputs: list[Record], settings: Settings, saved: Tensor | None = None) -> None:
         self.program, self.settings = program, settings
         query = inputs[0][0]
         self.batch, self.head_dim, self.device = query.shape[0], query.shape[3], query.device
@@ -77,54 +79,73 @@ class Worker:
         self.sum_dtype = accumulation_dtype(query.dtype)
         self.records: dict[int, Record] = dict(enumerate(inputs))
         self.flats: dict[int, Tensor] = {}
-        self._known_specs: dict[tuple[Kind, int, int], tuple[list[_Spec], int]] = {}
+        self._known_specs: dict[tuple[Kind, int, int, bool], tuple[list[_Spec], int]] = {}
+        if saved is not None:
+            self._load(saved)
 
     # Messages
 
-    def _specs(self, kind: Kind, num_tokens: int, num_heads: int) -> tuple[list[_Spec], int]:
+    def _specs(self, kind: Kind, num_tokens: int, num_heads: int, complete: bool = False) -> tuple[list[_Spec], int]:
         """The tensors of a record in its message, and the bytes of the message."""
-        found = self._known_specs.get((kind, num_tokens, num_heads))
+        found = self._known_specs.get((kind, num_tokens, num_heads, complete))
         if found is not None:
             return found
         specs, offset = [], 0
         for axes in COMPONENTS[kind]:
             if axes is _DATA:
                 shape = (self.batch, num_tokens, num_heads, self.head_dim)
-                dtype = self.input_dtype if kind in ("q", "kv", "do") else self.sum_dtype
+                dtype = self.input_dtype if complete or kind in INPUTS else self.sum_dtype
             else:
                 shape, dtype = (self.batch, num_heads, num_tokens), self.sum_dtype
             num_bytes = math.prod(shape) * dtype.itemsize
             specs.append(_Spec(shape, dtype, offset, offset + num_bytes))
             offset += -(-num_bytes // _ALIGN) * _ALIGN
-        self._known_specs[kind, num_tokens, num_heads] = specs, offset
+        self._known_specs[kind, num_tokens, num_heads, complete] = specs, offset
         return specs, offset
 
-    def _views(self, flat: Tensor, kind: Kind, num_tokens: int, num_heads: int) -> Record:
-        specs, _ = self._specs(kind, num_tokens, num_heads)
+    def _views(self, flat: Tensor, kind: Kind, num_tokens: int, num_heads: int, complete: bool = False) -> Record:
+        specs, _ = self._specs(kind, num_tokens, num_heads, complete)
         return tuple(flat[s.start : s.stop].view(s.dtype).view(s.shape) for s in specs)
 
-    def message(self, region: Region) -> Tensor:
+    def message(self, region: Region, complete: bool) -> Tensor:
         """The region packed into one flat uint8 tensor; an arrival that is passed on whole is not copied."""
         if len(region.parts) == 1:
             part = region.parts[0]
-            piece = self.program.buffers[part.buffer].piece
-            whole = sum(b - a for a, b in piece.tokens), piece.heads[1] - piece.heads[0]
-            if part.buffer in self.flats and (part.num_tokens, part.num_heads) == whole:
+            if part.buffer in self.flats and (part.num_tokens, part.num_heads) == self._extent(part.buffer):
                 return self.flats[part.buffer]
-        flat = self.empty_message(region.kind, region.num_tokens, region.num_heads)
-        for index, view in enumerate(self._views(flat, region.kind, region.num_tokens, region.num_heads)):
+        shape = region.num_tokens, region.num_heads
+        flat = self.empty_message(region.kind, *shape, complete)
+        for index, view in enumerate(self._views(flat, region.kind, *shape, complete)):
             self._assemble(view, region, index)
         return flat
 
-    def empty_message(self, kind: Kind, num_tokens: int, num_heads: int) -> Tensor:
+    def empty_message(self, kind: Kind, num_tokens: int, num_heads: int, complete: bool) -> Tensor:
         """A flat uint8 tensor with room for a record."""
-        return torch.empty(self._specs(kind, num_tokens, num_heads)[1], dtype=torch.uint8, device=self.device)
+        return torch.empty(self._specs(kind, num_tokens, num_heads, complete)[1], dtype=torch.uint8, device=self.device)
 
     def outgoing(self, send: Send) -> Tensor:
-        return self.message(send.region)
+        return self.message(send.region, send.complete)
 
     def incoming(self, receive: Receive) -> Tensor:
-        return self.empty_message(receive.kind, receive.num_tokens, receive.num_heads)
+        return self.empty_message(receive.kind, receive.num_tokens, receive.num_heads, receive.complete)
+
+    def _extent(self, buffer: int) -> tuple[int, int]:
+        """Tokens and heads of a buffer."""
+        piece = self.program.buffers[buffer].piece
+        return count(piece.tokens), piece.heads[1] - piece.heads[0]
+
+    def saved(self) -> Tensor:
+        """The messages that the backward phase needs again, end to end."""
+        flats = [self.flats[buffer] for buffer in self.program.saved]
+        return torch.cat(flats) if flats else torch.empty(0, dtype=torch.uint8, device=self.device)
+
+    def _load(self, saved: Tensor) -> None:
+        start = 0
+        for buffer in self.program.saved:
+            kind, extent = self.program.buffers[buffer].piece.kind, self._extent(buffer)
+            stop = start + self._specs(kind, *extent)[1]
+            self.records[buffer] = self._views(saved[start:stop], kind, *extent)
+            start = stop
 
     # Reading
 
@@ -157,9 +178,7 @@ class Worker:
     def _accumulator(self, buffer: int) -> Record:
         """The record of an accumulator, allocated on first use (its cells are copied into before they are merged)."""
         if buffer not in self.records:
-            piece = self.program.buffers[buffer].piece
-            num_tokens, num_heads = sum(b - a for a, b in piece.tokens), piece.heads[1] - piece.heads[0]
-            specs, _ = self._specs(piece.kind, num_tokens, num_heads)
+            specs, _ = self._specs(self.program.buffers[buffer].piece.kind, *self._extent(buffer))
             self.records[buffer] = tuple(torch.empty(s.shape, dtype=s.dtype, device=self.device) for s in specs)
         return self.records[buffer]
 
@@ -217,7 +236,7 @@ class Worker:
 
     def arrive(self, receive: Receive, flat: Tensor, write: Write | None) -> None:
         """Take in a message whose bytes are complete."""
-        record = self._views(flat, receive.kind, receive.num_tokens, receive.num_heads)
+        record = self._views(flat, receive.kind, receive.num_tokens, receive.num_heads, receive.complete)
         if write is not None:
             self.write(write, record)
         else:

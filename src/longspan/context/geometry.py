@@ -41,6 +41,13 @@ def count(ranges: Ranges) -> int:
     return sum(stop - start for start, stop in ranges)
 
 
+def split_in_two(interval: Range) -> tuple[Range, Range]:
+    """An interval as two that differ by one at most."""
+    start, stop = interval
+    middle = (start + stop) // 2
+    return (start, middle), (middle, stop)
+
+
 class Geometry:
     """A mask on a layout. Raises ValueError where their lengths differ."""
 

@@ -69,6 +69,7 @@ class Send:
     peer: int
     lane: int
     region: Region
+    complete: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ class Receive:
     num_tokens: int
     num_heads: int
     buffer: int | None
+    complete: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,10 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One rank's lowered phase. Buffers 0.. are the own inputs, then the own sums, in the order of ``own``."""
+    """One rank's lowered phase. Buffers 0.. are the own inputs, then the own sums, in the order of ``own``.
+
+    ``saved`` are the buffers of kept arrivals: what a forward phase hands to its backward phase, in the same order.
+    """
 
     rank: int
     num_tokens: int
@@ -131,6 +136,7 @@ class Program:
     steps: tuple[Step, ...]
     buffers: tuple[Buffer, ...]
     unwritten: tuple[tuple[Part, ...], ...]  # per own sum: rectangles that nothing ever writes
+    saved: tuple[int, ...]
 
     @property
     def area(self) -> int:
@@ -164,6 +170,7 @@ class _Lowering:
         self.own_atoms = atoms.bits(self.own_tokens)
         self.own_sum: dict[Kind, int] = {}
         self._places: dict[Ranges, tuple[list[int], list[int]]] = {}
+        self.saved: list[int] = []
         for kind in (*self.inputs, *self.sums):
             heads = schedule.num_kv_heads if kind in KV_KINDS else schedule.num_heads
             self.where[kind] = [{} for _ in self._head_cuts(kind)[1:]]
@@ -173,6 +180,10 @@ class _Lowering:
                 self.own_sum[kind] = buffer
             else:
                 self.where[kind] = [{buffer: self.own_atoms} for _ in self.where[kind]]
+        if backward:
+            for move in schedule.forward.moves:
+                if move.kept and move.dst == rank:
+                    self.arrive(move.piece, self.keep(self.new(move.piece, 0)))
 
     def _head_cuts(self, kind: Kind) -> list[int]:
         return self.atoms.kv_head_cuts if kind in KV_KINDS else self.atoms.head_cuts
@@ -184,6 +195,12 @@ class _Lowering:
         """A buffer for a piece."""
         self.buffers.append(Buffer(piece, step, step))
         return len(self.buffers) - 1
+
+    def keep(self, buffer: int) -> int:
+        """Let a buffer live beyond the phase, among the saved ones."""
+        self.buffers[buffer].dies = len(self.steps)
+        self.saved.append(buffer)
+        return buffer
 
     def _place(self, tokens: Ranges, slot: int) -> int:
         """How many tokens of the ranges come before a slot."""
@@ -331,15 +348,19 @@ def lower(
     for number, step in enumerate(state.steps):
         for index, move in posted[number]:
             if move.src == rank:
-                step.sends.append(Send(move.dst, move.lane, state.take(move, number)))
+                step.sends.append(Send(move.dst, move.lane, state.take(move, number), move.complete))
                 continue
             piece = move.piece
             receive_of[index] = len(receive_of)
             arrival_of[index] = arrival = state.new(piece, number)
             state.buffers[arrival].dies = move.lands
+            if move.kept:
+                state.keep(arrival)
             num_heads = piece.heads[1] - piece.heads[0]
             buffer = arrival if piece.kind in INPUTS else None
-            step.receives.append(Receive(move.src, move.lane, piece.kind, count(piece.tokens), num_heads, buffer))
+            step.receives.append(
+                Receive(move.src, move.lane, piece.kind, count(piece.tokens), num_heads, buffer, move.complete)
+            )
         for block in computed[number]:
             kv_heads = kv_heads_of(block.heads, schedule.group_size)
             q = state.region(Piece("q", block.q, block.heads), number)
@@ -368,4 +389,5 @@ def lower(
         state.steps,
         tuple(state.buffers),
         tuple(state.unwritten(kind) for kind in state.sums),
+        tuple(state.saved),
     )

@@ -8,13 +8,16 @@ what exists. On a ring that turns towards lower ranks it finds the three-quarter
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
 
-from longspan.context.geometry import Atoms, Geometry, Range, Ranges, count, normalise, stretches
+import numpy as np
+
+from longspan.context.geometry import Atoms, Geometry, Range, Ranges, normalise, stretches
 from longspan.context.schedule import (
     INPUTS,
     KV_KINDS,
@@ -31,14 +34,27 @@ from longspan.context.schedule import (
 from longspan.layout.tokens import Layout
 
 
-def replay(
-    forward: Phase, layout: Layout, num_heads: int, num_kv_heads: int, *, dkv: Literal["home", "follow"]
-) -> Phase:
+def derived(
+    name: str,
+    layout: Layout,
+    num_heads: int,
+    num_kv_heads: int,
+    forward: Phase,
+    *,
+    dkv: Literal["home", "follow"] = "home",
+) -> Schedule:
+    """A schedule whose backward phase is the replay of its forward phase (and anew when that is pruned)."""
+    backward = replay(forward, layout, num_heads // num_kv_heads, dkv=dkv)
+    return Schedule(name, layout, num_heads, num_kv_heads, forward, backward, dkv)
+
+
+def replay(forward: Phase, layout: Layout, group_size: int, *, dkv: Literal["home", "follow"]) -> Phase:
     """The backward phase that recomputes every block where the forward phase computed it.
 
     ``dkv="follow"``: the keys' gradient hops behind the keys, one step later, and its last holder sends it home; for
     keys that hop from rank to rank, so that each rank sends one hop a step. ``dkv="home"``: every rank sends the
-    gradient of foreign keys straight to their owner in the step after it last computed on them.
+    gradient of foreign keys straight to their owner in the step after it last computed on them. Inputs that the
+    forward phase keeps are not sent again.
     """
     moves: list[Move] = []
     for move in forward.moves:
@@ -46,76 +62,97 @@ def replay(
         if kind == "o":
             moves.append(replace(move, piece=replace(move.piece, kind="dq")))
             continue
-        moves.append(move)
+        if not move.kept:
+            moves.append(move)
         if kind == "q":
-            moves.append(replace(move, piece=replace(move.piece, kind="do")))
-    carried = _follow(forward, layout) if dkv == "follow" else _home(forward, layout, num_heads // num_kv_heads)
+            moves.append(replace(move, piece=replace(move.piece, kind="do"), kept=False))
+    carried = (_follow if dkv == "follow" else _home)(forward, layout, group_size)
     return Phase(ordered([*moves, *carried], layout.world), forward.blocks)
 
 
-def _owners(layout: Layout, tokens: Ranges) -> list[tuple[int, Ranges]]:
+def _owners(layout: Layout, tokens: Ranges) -> Iterator[tuple[int, Range]]:
     """The parts of ranges of slots by owner."""
-    parts = []
-    for rank in range(layout.world):
-        start, stop = layout.owned(rank)
-        mine = tuple((max(a, start), min(b, stop)) for a, b in tokens if max(a, start) < min(b, stop))
-        if mine:
-            parts.append((rank, mine))
-    return parts
+    for start, stop in tokens:
+        rank = bisect_right(layout.offsets, start) - 1
+        while start < stop:
+            end = min(stop, layout.offsets[rank + 1])
+            if start < end:
+                yield rank, (start, end)
+            start, rank = end, rank + 1
 
 
-def _home(forward: Phase, layout: Layout, group_size: int) -> Iterable[Move]:
+def _home(forward: Phase, layout: Layout, group_size: int) -> Iterator[Move]:
     """Each (rank, owner) pair's key gradients, sent once, after the rank's last block on that owner's keys."""
-    last: dict[tuple[int, int, Range], tuple[int, set[tuple[int, int]]]] = {}
+    last: dict[tuple[int, int, Range], tuple[int, list[Range]]] = {}
     for block in forward.blocks:
-        for owner, tokens in _owners(layout, block.k):
-            if owner == block.rank:
-                continue
-            key = (block.rank, owner, kv_heads_of(block.heads, group_size))
-            step, seen = last.get(key, (-1, set()))
-            last[key] = (max(step, block.step), seen | set(tokens))
+        kv_heads = kv_heads_of(block.heads, group_size)
+        for owner, part in _owners(layout, block.k):
+            if owner != block.rank:
+                step, seen = last.get((block.rank, owner, kv_heads), (-1, []))
+                last[block.rank, owner, kv_heads] = max(step, block.step), [*seen, part]
     for (rank, owner, heads), (step, tokens) in last.items():
         yield Move(step + 1, rank, owner, Piece("dkv", normalise(tokens), heads))
 
 
-def _follow(forward: Phase, layout: Layout) -> Iterable[Move]:
-    """dkv hops along the keys' own path, starting at the first rank after the owner, and then home."""
-    hops: dict[tuple[Ranges, Range], list[Move]] = defaultdict(list)
-    for move in sorted((m for m in forward.moves if m.piece.kind == "kv"), key=lambda m: m.step):
-        if count(move.piece.tokens):  # with fewer tokens than ranks, some ranks have no keys to send
-            hops[move.piece.tokens, move.piece.heads].append(move)
-    last_use: dict[int, list[tuple[int, Ranges]]] = defaultdict(list)
+def _follow(forward: Phase, layout: Layout, group_size: int) -> Iterator[Move]:
+    """dkv hops along the keys' own path, over the ranks that computed on them, and then home."""
+    hops = sorted((m for m in forward.moves if m.piece.kind == "kv"), key=lambda m: m.step)
+    edges = sorted({slot for move in hops for interval in move.piece.tokens for slot in interval})
+    paths: dict[tuple[Range, Range], list[Move]] = defaultdict(list)
+    for move in hops:
+        for start, stop in move.piece.tokens:
+            inside = edges[bisect_left(edges, start) : bisect_right(edges, stop)]
+            for interval in pairwise(inside):
+                paths[interval, move.piece.heads].append(move)
+    # Tokens that go the same way go together.
+    together: dict[tuple[tuple[Move, ...], Range], list[Range]] = defaultdict(list)
+    for (interval, heads), path in paths.items():
+        together[tuple(path), heads].append(interval)
+    blocks: dict[int, list[tuple[int, Ranges, Range]]] = defaultdict(list)
     for block in forward.blocks:
-        last_use[block.rank].append((block.step, block.k))
-    for (tokens, heads), path in hops.items():
+        blocks[block.rank].append((block.step, block.k, kv_heads_of(block.heads, group_size)))
+    for (path, heads), intervals in together.items():
+        tokens = normalise(intervals)
         for previous, move in pairwise(path):
             if previous.dst != move.src:
                 raise ValueError(
                     f"dkv can follow only keys that hop from rank to rank, but those of rank {path[0].src} go "
                     f"{previous.src}->{previous.dst} and then {move.src}->{move.dst}; use dkv='home'"
                 )
+        uses = ((move.dst, _last_use(blocks[move.dst], tokens, heads)) for move in path)
+        users = [(rank, step) for rank, step in uses if step is not None]
         ready = 0
-        for move, following in zip(path, [*path[1:], None], strict=True):
-            rank = move.dst
-            used = [step for step, k in last_use[rank] if any(a < d and c < b for a, b in k for c, d in tokens)]
-            ready = max([ready, *(step + 1 for step in used)])
-            target = path[0].src if following is None else following.dst
+        for number, (rank, step) in enumerate(users):
+            target = users[number + 1][0] if number + 1 < len(users) else path[0].src
+            ready = max(ready, step + 1)
             if target != rank:
                 yield Move(ready, rank, target, Piece("dkv", tokens, heads))
             ready += 1
 
 
+def _last_use(blocks: Iterable[tuple[int, Ranges, Range]], tokens: Ranges, heads: Range) -> int | None:
+    """The last step at which a block reads some of the tokens of some of the KV heads."""
+    steps = [
+        step
+        for step, k, (first, last) in blocks
+        if first < heads[1] and heads[0] < last and any(a < d and c < b for a, b in k for c, d in tokens)
+    ]
+    return max(steps, default=None)
+
+
 def atoms_of(phase: Phase, schedule: Schedule, geometry: Geometry) -> Atoms:
     """The atoms fine enough for every piece and block of a phase."""
     group_size = schedule.group_size
-    ranges = {move.piece.tokens for move in phase.moves}
+    ranges: set[Ranges] = set()
     heads, kv_heads = {(0, schedule.num_heads)}, {(0, schedule.num_kv_heads)}
     for block in phase.blocks:
         ranges.add(block.q)
         ranges.add(block.k)
         heads.add(block.heads)
     kv_heads |= {kv_heads_of(block_heads, group_size) for block_heads in heads}
-    for move in phase.moves:
+    kept = (move for move in schedule.forward.moves if move.kept)  # a backward phase starts with these
+    for move in (*phase.moves, *kept):
+        ranges.add(move.piece.tokens)
         (kv_heads if move.piece.kind in KV_KINDS else heads).add(move.piece.heads)
     slots = {slot for tokens in ranges for pair in tokens for slot in pair}
     return geometry.atoms(slots, (cut for pair in heads for cut in pair), (cut for pair in kv_heads for cut in pair))
@@ -233,10 +270,63 @@ def _narrowed(blocks: Iterable[Block], atoms: Atoms) -> list[Block]:
     return out
 
 
+def mark_complete(phase: Phase, schedule: Schedule, geometry: Geometry, *, backward: bool) -> Phase:
+    """The (pruned) phase with the moves of sums that lack no contribution marked as complete.
+
+    Every block adds one contribution to each cell (token, head) of its sums; a sum in flight is complete where it has
+    collected as many as its cells get in all.
+    """
+    if not any(move.piece.kind in SUMS for move in phase.moves):
+        return phase
+    atoms = atoms_of(phase, schedule, geometry)
+    kinds: tuple[Kind, ...] = ("dq", "dkv") if backward else ("o",)
+    num_heads = {kind: len(atoms.kv_head_cuts if kind in KV_KINDS else atoms.head_cuts) - 1 for kind in kinds}
+    total = {kind: np.zeros((num_heads[kind], atoms.num), np.int32) for kind in kinds}
+    ranks = range(schedule.layout.world)
+    held = {(rank, kind): np.zeros_like(total[kind]) for rank in ranks for kind in kinds}
+    by_post, by_land, by_block = defaultdict(list), defaultdict(list), defaultdict(list)
+
+    def cells(piece: Piece) -> tuple[np.ndarray, np.ndarray]:
+        heads = atoms.heads(piece.heads, kv=piece.kind in KV_KINDS)
+        members = np.array(atoms.members(atoms.bits(piece.tokens)), dtype=np.int64)
+        return np.arange(heads.start, heads.stop)[:, None], members[None, :]
+
+    for block in phase.blocks:
+        kv_heads = kv_heads_of(block.heads, schedule.group_size)
+        for kind in kinds:
+            at = cells(Piece(kind, block.k, kv_heads) if kind == "dkv" else Piece(kind, block.q, block.heads))
+            total[kind][at] += 1
+            by_block[block.step].append((held[block.rank, kind], at))
+    for index, move in enumerate(phase.moves):
+        if move.piece.kind in SUMS:
+            by_post[move.step].append((index, move))
+            by_land[move.lands].append((index, move))
+    moves, carried = list(phase.moves), {}
+    for step in range(phase.num_steps):
+        for index, move in by_post[step]:
+            kind, at = move.piece.kind, cells(move.piece)
+            source = held[move.src, kind]
+            carried[index] = source[at]
+            source[at] = 0
+            if np.array_equal(carried[index], total[kind][at]):
+                moves[index] = replace(move, complete=True)
+        for array, at in by_block[step]:
+            array[at] += 1
+        for index, move in by_land[step]:
+            held[move.dst, move.piece.kind][cells(move.piece)] += carried.pop(index)
+    return Phase(tuple(moves), phase.blocks)
+
+
 def prune_schedule(schedule: Schedule, geometry: Geometry) -> Schedule:
-    """Both phases pruned for a mask."""
-    return replace(
-        schedule,
-        forward=prune(schedule.forward, schedule, geometry, backward=False),
-        backward=prune(schedule.backward, schedule, geometry, backward=True),
-    )
+    """Both phases pruned for a mask, with the sums that travel complete marked.
+
+    A derived backward phase is derived from the pruned forward phase: gradients then go home from the last rank that
+    adds to them, not from the last that the keys could have reached.
+    """
+    forward = prune(schedule.forward, schedule, geometry, backward=False)
+    schedule = replace(schedule, forward=mark_complete(forward, schedule, geometry, backward=False))
+    backward = schedule.backward
+    if schedule.dkv is not None:
+        backward = replay(forward, schedule.layout, schedule.group_size, dkv=schedule.dkv)
+    backward = prune(backward, schedule, geometry, backward=True)
+    return replace(schedule, backward=mark_complete(backward, schedule, geometry, backward=True))

@@ -1,6 +1,7 @@
 """Run: a schedule on torch.distributed, as one custom op with its gradient.
 
-``torch.ops.longspan.attention(q, k, v, handle) -> (out, lse)`` is what torch.compile and selective checkpointing see.
+``torch.ops.longspan.attention(q, k, v, handle) -> (out, lse, saved)`` is what torch.compile and selective checkpointing
+see; ``saved`` are arrivals that the schedule keeps for its backward phase (bytes, none for most methods).
 The handle is an index into a table of bound schedules, the one process-level state of the package: a handle is bound
 once and may be bound anew between steps (packed documents bring a new mask every step), so compiled code stays valid.
 """
@@ -80,8 +81,10 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, built: Built) -> None:
             )
 
 
-def _execute(program: Program, inputs: list[Record], at: Bound, settings: Settings) -> Worker:
-    worker = Worker(program, inputs, settings)
+def _execute(
+    program: Program, inputs: list[Record], at: Bound, settings: Settings, saved: Tensor | None = None
+) -> Worker:
+    worker = Worker(program, inputs, settings, saved)
     exchange = None if at.group is None else Exchange(at.group, inputs[0][0].device)
     arrivals = []
     for step in program.steps:
@@ -118,38 +121,41 @@ def _own(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op("longspan::attention", mutates_args=())
-def attention_op(q: Tensor, k: Tensor, v: Tensor, handle: int) -> tuple[Tensor, Tensor]:
-    """Local (out, lse) of a bound schedule: q (b, l, h, d), k and v (b, l, g, d) -> (b, l, h, d) and (b, h, l)."""
+def attention_op(q: Tensor, k: Tensor, v: Tensor, handle: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Local (out, lse, saved): q (b, l, h, d), k and v (b, l, g, d) -> (b, l, h, d), (b, h, l) and uint8 (bytes,)."""
     at = bound(handle)
     _validate(q, k, v, at.built)
     worker = _execute(at.built.forward, [(q,), (k, v)], at, _settings(q, at))
     out, lse = worker.result()
-    return _own(out, q.dtype), _own(lse, lse.dtype)
+    return _own(out, q.dtype), _own(lse, lse.dtype), worker.saved()
 
 
 @attention_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, handle: int) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, handle: int) -> tuple[Tensor, Tensor, Tensor]:
     del k, v, handle
     b, length, h, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((b, h, length), dtype=accumulation_dtype(q.dtype))
+    # The handle may be bound to another mask later, and then keeps another number of bytes.
+    num_bytes = torch.library.get_ctx().new_dynamic_size()
+    lse = q.new_empty((b, h, length), dtype=accumulation_dtype(q.dtype))
+    return q.new_empty(q.shape), lse, q.new_empty((num_bytes,), dtype=torch.uint8)
 
 
 @torch.library.custom_op("longspan::attention_backward", mutates_args=())
 def attention_backward_op(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, handle: int
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, saved: Tensor, handle: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Local (dq, dk, dv) of a bound schedule, given the global lse and delta (b, h, l)."""
     at = bound(handle)
-    worker = _execute(at.built.backward, [(q,), (k, v), (dout, lse, delta)], at, _settings(q, at))
+    worker = _execute(at.built.backward, [(q,), (k, v), (dout, lse, delta)], at, _settings(q, at), saved)
     (dq,), (dk, dv) = worker.result(0), worker.result(1)
     return _own(dq, q.dtype), _own(dk, q.dtype), _own(dv, q.dtype)
 
 
 @attention_backward_op.register_fake
 def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, handle: int
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, saved: Tensor, handle: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    del dout, lse, delta, handle
+    del dout, lse, delta, saved, handle
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -158,13 +164,13 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(q, k, v, *output)
 
 
-def _backward(ctx, dout: Tensor | None, dlse: Tensor | None):
-    q, k, v, out, lse = ctx.saved_tensors
+def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, dsaved: None):
+    q, k, v, out, lse, saved = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
     if dlse is not None:
         delta = delta - dlse  # d lse adds P·dlse to dS = P·(dP - delta)
-    grads = torch.ops.longspan.attention_backward(dout, q, k, v, lse, delta.contiguous(), ctx.handle)
+    grads = torch.ops.longspan.attention_backward(dout, q, k, v, lse, delta.contiguous(), saved, ctx.handle)
     return (*grads, None)
 
 
@@ -183,7 +189,9 @@ def _forward_flops(q_shape, k_shape, v_shape, handle, *args, out_shape=None, **k
 
 
 @register_flop_formula(torch.ops.longspan.attention_backward)
-def _backward_flops(dout_shape, q_shape, k_shape, v_shape, lse_shape, delta_shape, handle, *args, **kwargs) -> int:
+def _backward_flops(
+    dout_shape, q_shape, k_shape, v_shape, lse_shape, delta_shape, saved_shape, handle, *args, **kwargs
+) -> int:
     """Five matmuls over the allowed pairs of this rank."""
     return 10 * bound(handle).built.backward.area * q_shape[0] * q_shape[3]
 

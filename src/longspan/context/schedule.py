@@ -44,7 +44,9 @@ class Piece:
 class Move:
     """``src`` posts the piece at ``step``; ``dst`` has it from the end of step ``lands`` (by default the same) on.
 
-    Moves on different lanes do not wait for each other.
+    Moves on different lanes do not wait for each other. An input that is ``kept`` stays with ``dst`` until the end of
+    the backward phase, which then need not send it again. A sum that is ``complete`` lacks no contribution: it travels
+    in the inputs' dtype, to which the result is rounded anyway (``passes.mark_complete`` finds these).
     """
 
     step: int
@@ -53,6 +55,8 @@ class Move:
     piece: Piece
     lands: int = -1
     lane: int = 0
+    kept: bool = False
+    complete: bool = False
 
     def __post_init__(self) -> None:
         if self.lands < 0:
@@ -61,6 +65,8 @@ class Move:
             raise ValueError(f"a move needs two ranks, got {self.src} -> {self.dst} at step {self.step}")
         if self.lands < self.step:
             raise ValueError(f"a move cannot land before it is posted, got step {self.step} and lands {self.lands}")
+        if self.kept and self.piece.kind not in ("q", "kv"):
+            raise ValueError(f"only q and kv can be kept for the backward phase, got {self.piece.kind}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,7 @@ class Schedule:
     num_kv_heads: int
     forward: Phase
     backward: Phase
+    dkv: Literal["home", "follow"] | None = None  # how the backward phase was derived (``passes.replay``), if it was
 
     @property
     def group_size(self) -> int:
@@ -128,23 +135,28 @@ class Sizes:
     inputs: int = 2
     sums: int = 4
 
-    def of(self, piece: Piece) -> int:
-        """Bytes of one piece on the wire: kv is two tensors; o carries an fp32 lse, do an lse and a delta."""
+    def of(self, piece: Piece, *, complete: bool = False) -> int:
+        """Bytes of one piece: kv is two tensors; o carries an fp32 lse, do an lse and a delta."""
         rows = self.batch * sum(stop - start for start, stop in piece.tokens) * (piece.heads[1] - piece.heads[0])
+        sums = self.inputs if complete else self.sums
         row_bytes = {
             "q": self.head_dim * self.inputs,
             "kv": 2 * self.head_dim * self.inputs,
             "do": self.head_dim * self.inputs + 2 * max(4, self.sums),
-            "o": self.head_dim * self.sums + max(4, self.sums),
-            "dq": self.head_dim * self.sums,
-            "dkv": 2 * self.head_dim * self.sums,
+            "o": self.head_dim * sums + max(4, self.sums),
+            "dq": self.head_dim * sums,
+            "dkv": 2 * self.head_dim * sums,
         }
         return rows * row_bytes[piece.kind]
+
+    def of_move(self, move: Move) -> int:
+        """Bytes of a move on the wire."""
+        return self.of(move.piece, complete=move.complete)
 
 
 def bytes_sent(phase: Phase, world: int, sizes: Sizes) -> list[int]:
     """Bytes that each rank sends in a phase."""
     sent = [0] * world
     for move in phase.moves:
-        sent[move.src] += sizes.of(move.piece)
+        sent[move.src] += sizes.of_move(move)
     return sent

@@ -23,7 +23,7 @@ def timeline(phase: Phase, geometry: Geometry, sizes: Sizes) -> list[dict[str, A
         work[block.step, block.rank] = work.get((block.step, block.rank), 0) + area
     sent: dict[tuple[int, int], int] = {}
     for move in phase.moves:
-        sent[move.step, move.src] = sent.get((move.step, move.src), 0) + sizes.of(move.piece)
+        sent[move.step, move.src] = sent.get((move.step, move.src), 0) + sizes.of_move(move)
     most_work, most_sent = max(work.values(), default=1), max(sent.values(), default=1)
     starts, now = [], 0.0
     for step in range(phase.num_steps):
@@ -49,7 +49,7 @@ def timeline(phase: Phase, geometry: Geometry, sizes: Sizes) -> list[dict[str, A
     ends = {}
     for move in phase.moves:
         start = ends.get((move.step, move.src), starts[move.step])
-        size = sizes.of(move.piece)
+        size = sizes.of_move(move)
         rows.append(
             {
                 "rank": move.src,

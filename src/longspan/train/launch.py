@@ -17,6 +17,7 @@ import socket
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -328,7 +329,9 @@ def _quiet_torch() -> Iterator[None]:
     for name in names:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     try:
-        yield
+        # It also leaves it to Python to close the ranks' log files, for which Python warns.
+        with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+            yield
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

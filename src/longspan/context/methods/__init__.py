@@ -1,43 +1,153 @@
-"""The context-parallel methods: one visible table from name to function."""
+"""The context-parallel methods: one visible table from name to function.
+
+A method that has a degree (the size of USP's head groups, of the double ring's windows) takes it after a colon, as in
+``"usp:4"``; without one it takes its default for the ranks.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from longspan.context.methods.ring import ring, zigzag_ring
+from longspan.attention.masks import Mask
+from longspan.context.methods.all_gather import all_gather, mask_aware
+from longspan.context.methods.burst import burst
+from longspan.context.methods.double_ring import double_ring
+from longspan.context.methods.light_seq import light_seq, reason_against
+from longspan.context.methods.ring import descending_ring, opposing_rings, ring, striped_ring, zigzag_ring
+from longspan.context.methods.token_ring import token_ring
+from longspan.context.methods.ulysses import ulysses, usp
 from longspan.context.schedule import Schedule
 from longspan.layout.tokens import Layout
+
+Build = Callable[[Layout, int, int], Schedule]
+
+
+def _no_reason(mask: Mask, layout: Layout) -> str | None:
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """A published method: its schedule and the layout it was published with."""
+    """A method: its schedule and the layout it was published with.
+
+    ``build`` takes (layout, query heads, KV heads), and a degree where ``has_degree``. ``reason_against`` says why a
+    mask on a layout cannot be computed, or None.
+    """
 
     title: str
     paper: str
     layout: str
-    build: Callable[[Layout, int, int], Schedule]
+    build: Callable[..., Schedule]
+    has_degree: bool = False
+    reason_against: Callable[[Mask, Layout], str | None] = _no_reason
 
 
+_RING = "Liu, Zaharia, Abbeel 2023, arXiv:2310.01889"
+_UNIFIED = "Li et al. 2023, arXiv:2302.06218 (abstract only; this is USP)"
 METHODS: dict[str, Method] = {
-    "ring": Method(
-        title="Ring Attention",
-        paper="Liu, Zaharia, Abbeel 2023, arXiv:2310.01889",
-        layout="contiguous",
-        build=ring,
-    ),
+    "ring": Method(title="Ring Attention", paper=_RING, layout="contiguous", build=ring),
     "zigzag": Method(
         title="Zigzag ring (balanced for causal masks)",
         paper="zhuzilin/ring-flash-attention; Ring Attention, arXiv:2310.01889",
         layout="zigzag",
         build=zigzag_ring,
     ),
-}
+    "striped": Method(
+        title="Striped Attention", paper="Brandon et al. 2023, arXiv:2311.09431", layout="striped", build=striped_ring
+    ),
+    "descending": Method(
+        title="Ring towards lower ranks, which drops keys nobody needs", paper="ours", layout="zigzag",
+        build=descending_ring,
+    ),
+    "opposing": Method(
+        title="KV heads split over two opposing rings", paper="ours", layout="zigzag", build=opposing_rings
+    ),
+    "double_ring": Method(
+        title="Double ring (windows of ranks)",
+        paper="Gu et al. 2024 (LoongTrain), arXiv:2406.18485",
+        layout="zigzag",
+        build=double_ring,
+        has_degree=True,
+    ),
+    "all_gather": Method(
+        title="All-gather of keys and values",
+        paper="Grattafiori et al. 2024 (Llama 3), arXiv:2407.21783",
+        layout="zigzag",
+        build=all_gather,
+    ),
+    "mask_aware": Method(
+        title="Keys only to ranks whose mask needs them, on a balanced layout",
+        paper="ours, after SandAI/MagiAttention",
+        layout="balanced",
+        build=mask_aware,
+    ),
+    "ulysses": Method(
+        title="DeepSpeed-Ulysses (heads exchanged for tokens)",
+        paper="Jacobs et al. 2023, arXiv:2309.14509",
+        layout="contiguous",
+        build=ulysses,
+    ),
+    "usp": Method(
+        title="USP (Ulysses inside groups, a ring between them)",
+        paper="Fang, Zhao 2024, arXiv:2405.07719",
+        layout="zigzag",
+        build=usp,
+        has_degree=True,
+    ),
+    "distributed_mha": Method(
+        title="Distributed multi-head attention (heads and sequence split)", paper=_UNIFIED, layout="zigzag",
+        build=usp, has_degree=True,
+    ),
+    "token_ring": Method(
+        title="TokenRing (queries hop, outputs go home)",
+        paper="Wang et al. 2024, arXiv:2412.20501",
+        layout="zigzag",
+        build=token_ring,
+    ),
+    "light_seq": Method(
+        title="LightSeq / DistFlashAttn (balanced causal schedule)",
+        paper="Li et al. 2023, arXiv:2310.03294",
+        layout="contiguous",
+        build=light_seq,
+        reason_against=reason_against,
+    ),
+    "burst": Method(
+        title="BurstAttention (queries hop in the backward)",
+        paper="Sun et al. 2024, arXiv:2403.09347",
+        layout="zigzag",
+        build=burst,
+    ),
+}  # fmt: skip
 
 
 def method(name: str) -> Method:
-    """The method of that name. Raises ValueError for an unknown one."""
-    if name not in METHODS:
+    """The method of that name, with or without a degree. Raises ValueError for an unknown one."""
+    base = name.partition(":")[0]
+    if base not in METHODS:
         raise ValueError(f"unknown context-parallel method {name!r}; known: auto, {', '.join(METHODS)}")
-    return METHODS[name]
+    return METHODS[base]
+
+
+def builder(name: str, world: int) -> Build:
+    """The schedule function of a method, with its degree filled in.
+
+    Raises ValueError for an unknown method, and for a degree that is not a divisor of the ranks or has no place.
+    """
+    found = method(name)
+    _, colon, text = name.partition(":")
+    if not found.has_degree:
+        if colon:
+            takers = ", ".join(other for other, m in METHODS.items() if m.has_degree)
+            raise ValueError(f"method {name!r} takes no degree; those that do: {takers}")
+        return found.build
+    degree = int(text) if text.isdecimal() else 0 if colon else default_degree(world)
+    if degree < 1 or world % degree:
+        raise ValueError(f"the degree of {name!r} must divide the {world} ranks, got {text!r}; name a divisor")
+    return lambda layout, num_heads, num_kv_heads: found.build(layout, num_heads, num_kv_heads, degree)
+
+
+def default_degree(world: int) -> int:
+    """The largest divisor of the ranks up to their square root: as many groups as ranks in a group, or more."""
+    return max(d for d in range(1, math.isqrt(world) + 1) if world % d == 0)
