@@ -90,6 +90,7 @@ def test_overlap_is_found_exactly(data) -> None:
         (lambda: masks.prefix_lm(5, 6), "5 tokens, got 6"),
         (lambda: masks.from_bands([(0, 5, 0, 6, -9, 9)], 5), r"within 0..5, got \(0, 5, 0, 6"),
         (lambda: masks.from_bands([(-1, 5, 0, 5, -9, 9)], 5), "within 0..5"),
+        (lambda: masks.from_bands([(0, 4, 0, 4, -1.5, 0)], 4), "six whole numbers"),  # pyright: ignore
     ],
 )
 def test_refusals_are_one_line(make, rule: str) -> None:

@@ -106,17 +106,19 @@ def two_at_once(rank: int, world: int, first: Case, second: Case) -> list[list[n
 
 
 def refusal(rank: int, world: int, how: str) -> tuple[str, float]:
-    """The message with which a rank refuses, and how long that took."""
+    """The message with which a rank refuses, and how long that took; the last rank is the odd one."""
     group = dist.group.WORLD
     odd = rank == world - 1
-    mask = full(8) if odd and how == "mask" else causal(8)
+    mask = full(8) if odd and how == "mask" else causal(9) if odd and how == "length" else causal(8)
     layout = "striped" if odd and how == "layout" else "contiguous"
     method = "zigzag" if odd and how == "method" else "ring"
-    q = torch.zeros(1, 8 // world, 2, 4)
-    k = torch.zeros(1, 8 // world, 1 if odd and how == "heads" else 2, 4)
+    q = torch.zeros(2 if odd and how == "batch" else 1, 8 // world, 2, 4)
+    k = torch.zeros(q.shape[0], 8 // world, {"heads": 1, "uneven heads": 3}.get(how, 2) if odd else 2, 4)
+    settings = {"scale": 0.5 if odd and how == "scale" else 1.0, "softcap": -1.0 if odd and how == "softcap" else None}
+    whole = make_layout(layout, 8, world)
     started_s = time.monotonic()
     try:
-        attention(q, k, k, mask=mask, group=group, method=method, layout=layout)
+        attention(q, k, k, mask=mask, group=group, method=method, layout=whole, **settings)
     except ValueError as error:
         return str(error), time.monotonic() - started_s
     return "", time.monotonic() - started_s

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from longspan.attention import masks
-from longspan.context import SequenceContext, attend, attention, prepare, shard, unshard
+from longspan.context import SequenceContext, attend, attention, prepare, run, shard, unshard
 from longspan.context.build import build
-from longspan.context.choose import busiest, default_layout
+from longspan.context.choose import default_layout
 from longspan.context.methods import METHODS
 from longspan.context.run import bound, rebind, release
+from longspan.context.sequence import build_layer
 from longspan.layout.tokens import make_layout
 from tests.context import ranked
 from tests.context.cases import LAYOUTS, MASKS, SHAPES, inputs
@@ -92,12 +93,24 @@ def test_two_attentions_in_one_backward() -> None:
         _assert_exact(second, got[1])
 
 
-@pytest.mark.parametrize("how", ["mask", "layout", "method", "heads"])
+@pytest.mark.parametrize("how", ["mask", "layout", "method", "heads", "batch", "scale"])
 def test_ranks_that_disagree_are_refused_on_all_ranks(how: str) -> None:
     for message, waited_s in run_ranks(ranked.refusal, 2, how):
-        assert message.startswith("all ranks must use one mask, layout and schedule, but ranks [1] differ from rank 0")
+        assert message.startswith(
+            "all ranks must use one mask, layout, schedule, scale and shape, but ranks [1] differ"
+        )
         assert "\n" not in message
         assert waited_s < 5
+
+
+@pytest.mark.parametrize(
+    ("how", "own"),
+    [("length", "the layout must hold the mask's 9"), ("uneven heads", "multiple of KV heads"), ("softcap", "softcap")],
+)
+def test_a_rank_that_refuses_does_not_leave_the_others_waiting(how: str, own: str) -> None:
+    (other, waited_s), (message, _) = run_ranks(ranked.refusal, 2, how)
+    assert "but ranks [1] differ" in other and own in message
+    assert waited_s < 5
 
 
 def test_ranks_that_agree_are_not_refused() -> None:
@@ -123,6 +136,55 @@ def test_a_ring_lets_go_of_what_it_has_sent() -> None:
 
 
 # One process: no group.
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"softcap": 0.0}, "softcap must be a finite number above 0"),
+        ({"softcap": -2.0}, "softcap must be a finite number above 0"),
+        ({"scale": float("nan")}, "scale must be a finite number"),
+        ({"scale": 0.0}, "scale must be a finite number"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict, rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        attention(*_local(), mask=masks.causal(8), **settings)
+
+
+def test_whole_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="floating-point"):
+        attention(*(x.long() for x in _local()), mask=masks.causal(8))
+
+
+def test_a_released_handle_is_made_anew() -> None:
+    handle = prepare(masks.causal(8), num_heads=2, num_kv_heads=1)
+    assert prepare(masks.causal(8), num_heads=2, num_kv_heads=1) == handle
+    release(handle)
+    assert bound(prepare(masks.causal(8), num_heads=2, num_kv_heads=1)).built.num_heads == 2
+
+
+def test_handles_of_attention_and_of_contexts_do_not_pile_up() -> None:
+    before = len(run._TABLE)
+    for s in range(2, 300):
+        attention(torch.zeros(1, s, 1, 1), *(torch.zeros(1, s, 1, 1) for _ in "kv"), mask=masks.causal(s))
+    assert len(run._TABLE) <= before + 256
+    before = len(run._TABLE)
+    context = SequenceContext(masks.causal(8))
+    context.attend(*_local(), layer=0)
+    assert len(run._TABLE) == before + 1
+    del context
+    assert len(run._TABLE) == before
+
+
+def test_programs_for_another_mask_are_refused() -> None:
+    wrong = build_layer(masks.full(8), (2, 1, None), 1, 0)
+    context = SequenceContext(masks.causal(8))
+    context.renew(masks.causal(8), built={(2, 1, None): wrong})
+    with pytest.raises(ValueError, match="programs must be built for this mask"):
+        context.attend(*_local(), layer=0)
+    with pytest.raises(ValueError, match="positions must be one number for each"):
+        context.renew(masks.causal(8), np.arange(40))
 
 
 def _local(s: int = 8, h: int = 2, g: int = 1, d: int = 4):
@@ -237,8 +299,5 @@ def test_the_default_layout_balances() -> None:
     assert default_layout(masks.full(64), 4).name == "contiguous"
     assert default_layout(masks.causal(64), 1).name == "contiguous"
     assert default_layout(masks.causal(64), 4, "ring").name == "contiguous"
-    for mask in (MASKS[name](24) for name in MASKS):
-        for name in LAYOUTS:
-            layout = make_layout(name, 24, 3)
-            rows = [mask.dense().numpy()[layout.positions(rank)].sum() for rank in range(3)]
-            assert busiest(mask, layout) == max(rows)
+    assert default_layout(masks.documents([40, 3, 5, 9, 7]), 4).name == "balanced"
+    assert default_layout(masks.documents([16] * 4), 4).name == "contiguous"

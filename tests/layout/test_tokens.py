@@ -77,6 +77,7 @@ def test_even_split() -> None:
         (((Segment(0, 1, 2),), (Segment(3, 1, 2),)), "every position exactly once"),
         (((Segment(0, 1, 3),), (Segment(2, 1, 2),)), "every position exactly once"),
         (((Segment(1, 1, 2),), (Segment(3, 1, 2),)), "every position exactly once"),
+        (((Segment(0, 1, 3), Segment(3, 1, -1)), (Segment(3, 1, 2),)), "0 tokens or more"),
         (((Segment(0, 1, 4),), (Segment(4, 1, 2),)), "floor"),
         (((Segment(0, 2, 2),), (Segment(1, 1, 1), Segment(3, 1, 1))), "one step"),
         (((Segment(1, -1, 2),), (Segment(2, 1, 2),)), "positive steps"),

@@ -296,6 +296,9 @@ def test_export_chooses_an_architecture_or_says_why_none_fits(tmp_path: Path) ->
         ({"attention_bias": True}, r"q_proj\.bias"),
         ({"tie_word_embeddings": True}, r"lm_head\.weight"),
         ({"num_key_value_heads": 3}, "multiple of num_kv_heads"),
+        ({"num_attention_heads": 0}, "'num_attention_heads' must be at least 1"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "theta"),
+        ({"architectures": [["x"]]}, "one of LlamaForCausalLM"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(changes: dict[str, Any], words: str, llama: Path) -> None:

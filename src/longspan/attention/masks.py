@@ -7,6 +7,7 @@ of these generators are in ``attention.patterns``.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,7 +48,11 @@ class Mask:
                 raise ValueError(
                     f"a band must lie within 0..{self.num_tokens}, got {tuple(band)}; cut it to the sequence first"
                 )
-        tight = (tighten(Band(*band)) for band in self.bands)
+        try:
+            whole = [Band(*map(operator.index, band)) for band in self.bands]
+        except TypeError:
+            raise ValueError("a band must be six whole numbers (q0, q1, k0, k1, lo, hi); round them first") from None
+        tight = (tighten(band) for band in whole)
         object.__setattr__(self, "bands", tuple(sorted(band for band in tight if band is not None)))
         clash = _overlap(self.bands)
         if clash is not None:

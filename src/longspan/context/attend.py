@@ -7,7 +7,11 @@ Models and compiled code call ``prepare`` once and pass its handle to ``attend``
 
 from __future__ import annotations
 
-from functools import lru_cache
+import math
+from collections import OrderedDict
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import blake2b
 
 import torch
 import torch.distributed as dist
@@ -18,7 +22,7 @@ from longspan.attention.kernels import KERNELS
 from longspan.attention.masks import Mask
 from longspan.context.build import Built, build, resolve
 from longspan.context.exchange import agree, backend_for
-from longspan.context.run import Bound, attend, bind, bound
+from longspan.context.run import Bound, attend, bind, bound, is_bound, release
 from longspan.layout.tokens import Layout
 
 
@@ -33,23 +37,71 @@ def world_and_rank(group: dist.ProcessGroup | None) -> tuple[int, int]:
     return (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
 
 
-@lru_cache(maxsize=256)
-def _handle(
-    mask: Mask,
-    num_heads: int,
-    num_kv_heads: int,
-    group: dist.ProcessGroup | None,
-    method: str,
-    layout: Layout | str | None,
-    scale: float | None,
-    softcap: float | None,
-    kernel: str,
-) -> int:
-    world, rank = world_and_rank(group)
-    built = build(
-        mask, world=world, rank=rank, num_heads=num_heads, num_kv_heads=num_kv_heads, method=method, layout=layout
-    )
-    return bind(Bound(built, group if world > 1 else None, scale, softcap, kernel))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    """What a handle is asked for; equal requests get one handle."""
+
+    mask: Mask
+    num_heads: int
+    num_kv_heads: int
+    group: dist.ProcessGroup | None
+    method: str
+    layout: Layout | str | None
+    scale: float | None
+    softcap: float | None
+    kernel: str
+
+    def bind(self) -> int:
+        """A new handle. Raises ValueError where the request cannot be met."""
+        if self.kernel != "auto" and self.kernel not in KERNELS:
+            raise ValueError(f"unknown kernel {self.kernel!r}; known: auto, {', '.join(KERNELS)}")
+        if self.scale is not None and not (math.isfinite(self.scale) and self.scale != 0):
+            raise ValueError(
+                f"scale must be a finite number other than 0, got {self.scale}; leave it out for 1/sqrt(d)"
+            )
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"softcap must be a finite number above 0, got {self.softcap}; leave it out for none")
+        world, rank = world_and_rank(self.group)
+        built = build(
+            self.mask,
+            world=world,
+            rank=rank,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            method=self.method,
+            layout=self.layout,
+        )
+        return bind(Bound(built, self.group if world > 1 else None, self.scale, self.softcap, self.kernel))
+
+
+class _Handles:
+    """Handles by request. ``limit``: only so many latest ones are kept, earlier ones are released."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = limit
+        self._known: OrderedDict[_Request, int] = OrderedDict()
+
+    def of(self, request: _Request, device: torch.device | str, tensors: str) -> int:
+        """The handle of a request. Collective: ranks that ask for something else, or are refused, stop all of them."""
+        handle = self._known.get(request)
+        if handle is None or not is_bound(handle):
+            try:
+                handle = request.bind()
+            except ValueError:
+                with suppress(ValueError):  # this rank's own refusal says more than that the others differ
+                    _agree("refused", request.group, device)
+                raise
+            self._known[request] = handle
+        built = bound(handle).built
+        _agree(f"{built.fingerprint} {request.scale} {request.softcap} {tensors}", request.group, device)
+        self._known.move_to_end(request)
+        if self._limit is not None and len(self._known) > self._limit:
+            release(self._known.popitem(last=False)[1])
+        return handle
+
+
+_PREPARED = _Handles()
+_RECENT = _Handles(limit=256)  # attention's: packed documents bring a new mask every step
 
 
 def prepare(
@@ -68,22 +120,34 @@ def prepare(
     """A handle for ``attend`` and ``torch.ops.longspan.attention``. Collective over ``group``: ranks compare digests.
 
     Args: ``mask`` of the global sequence; ``scale`` of the scores, 1/sqrt(head_dim) by default; ``softcap`` c turns
-    scores x into c·tanh(x/c); ``device`` of the tensors to come. Equal arguments give the same handle.
-    Raises ValueError, on every rank, where the ranks' masks or schedules differ, and for unknown or unfit options.
+    scores x into c·tanh(x/c); ``device`` of the tensors to come. Equal arguments give the same handle until it is
+    released (``longspan.context.run.release``); nothing else ends it.
+    Raises ValueError, on every rank, where the ranks' masks, schedules or settings differ, and for unknown or unfit
+    options.
     """
-    if kernel != "auto" and kernel not in KERNELS:
-        raise ValueError(f"unknown kernel {kernel!r}; known: auto, {', '.join(KERNELS)}")
-    group = group_in_force(group)
-    handle = _handle(mask, num_heads, num_kv_heads, group, method, layout, scale, softcap, kernel)
-    compare(bound(handle).built, group, device)
-    return handle
+    request = _Request(
+        mask=mask,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        group=group_in_force(group),
+        method=method,
+        layout=layout,
+        scale=scale,
+        softcap=softcap,
+        kernel=kernel,
+    )
+    return _PREPARED.of(request, device, "")
 
 
 def compare(built: Built, group: dist.ProcessGroup | None, device: torch.device | str) -> None:
     """Refuse, on every rank, masks or schedules that differ between the ranks of a group."""
-    group = group_in_force(group)
+    _agree(built.fingerprint, group_in_force(group), device)
+
+
+def _agree(text: str, group: dist.ProcessGroup | None, device: torch.device | str) -> None:
     if group is not None and dist.get_world_size(group) > 1:
-        agree(group, built.fingerprint, "mask, layout and schedule", torch.device(device))
+        digest = blake2b(text.encode(), digest_size=8).hexdigest()
+        agree(group, digest, "mask, layout, schedule, scale and shape", torch.device(device))
 
 
 def attention(
@@ -109,18 +173,18 @@ def attention(
         raise ValueError(
             f"q, k and v must be (batch, local tokens, heads, head_dim), got q {tuple(q.shape)} and k {tuple(k.shape)}"
         )
-    handle = prepare(
-        mask,
+    request = _Request(
+        mask=mask,
         num_heads=q.shape[2],
         num_kv_heads=k.shape[2],
-        group=group,
+        group=group_in_force(group),
         method=method,
         layout=layout,
         scale=scale,
         softcap=softcap,
         kernel=kernel,
-        device=q.device,
     )
+    handle = _RECENT.of(request, q.device, f"{q.shape[0]} {q.shape[3]} {q.dtype}")
     return attend(q, k, v, handle)
 
 

@@ -8,20 +8,21 @@ from hashlib import blake2b
 
 from longspan.attention.masks import Mask
 from longspan.context.check import check
-from longspan.context.choose import default_layout, default_method
+from longspan.context.choose import default_layout, default_method, layout_of
 from longspan.context.geometry import Geometry
 from longspan.context.lower import Program, lower
 from longspan.context.methods import builder
 from longspan.context.methods import method as method_of
 from longspan.context.passes import prune_schedule
 from longspan.context.schedule import Schedule
-from longspan.layout.tokens import Layout, make_layout
+from longspan.layout.tokens import Layout
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
     """One rank's programs for a mask, with the digest of mask and schedule that all ranks must share."""
 
+    mask: str  # its fingerprint
     method: str
     layout: Layout
     num_heads: int
@@ -37,13 +38,13 @@ def resolve(mask: Mask, world: int, method: str, layout: Layout | str | None) ->
     if layout is None:
         layout = default_layout(mask, world, method)
     elif isinstance(layout, str):
-        layout = make_layout(layout, mask.num_tokens, world)
+        layout = layout_of(layout, mask, world)
     if (layout.num_tokens, layout.world) != (mask.num_tokens, world):
         raise ValueError(
             f"the layout must hold the mask's {mask.num_tokens} tokens on {world} ranks, got one for "
             f"{layout.num_tokens} tokens on {layout.world} ranks"
         )
-    return (default_method(mask, layout) if method == "auto" else method), layout
+    return (default_method(layout) if method == "auto" else method), layout
 
 
 @lru_cache(maxsize=4)
@@ -75,7 +76,7 @@ def _built(mask: Mask, layout: Layout, method: str, num_heads: int, num_kv_heads
     ]
     text = f"{mask.fingerprint} {schedule.fingerprint}"
     digest = blake2b(text.encode(), digest_size=8).hexdigest()
-    return Built(method, layout, num_heads, num_kv_heads, rank, programs[0], programs[1], digest)
+    return Built(mask.fingerprint, method, layout, num_heads, num_kv_heads, rank, programs[0], programs[1], digest)
 
 
 def build(

@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from longspan.context.engine import Record, Settings, Worker, accumulation_dtype
+from longspan.attention.kernels.contract import row_sums
+from longspan.attention.merge import accumulator
+from longspan.context.engine import Record, Settings, Worker
 from longspan.context.geometry import Geometry
 from longspan.context.lower import Program, lower_all
 from longspan.context.schedule import Schedule
@@ -88,7 +90,7 @@ def emulate(
     if dout is None:
         return Emulation(out.to(q.dtype), lse, None)
     for inputs, local, (out_r, lse_r) in zip(own, split(dout), results, strict=True):
-        delta = (local.to(accumulation_dtype(q.dtype)) * out_r.to(q.dtype)).sum(-1).transpose(1, 2)
+        delta = row_sums(local, out_r.to(q.dtype).to(accumulator(q.dtype)))
         inputs.append((local, lse_r, delta.contiguous()))
     workers = phase(own, [worker.saved() for worker in workers], backward=True)
     dq = joined([worker.result(0)[0] for worker in workers])

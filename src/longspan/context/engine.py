@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.kernels import Kernel
-from longspan.attention.merge import merge_
+from longspan.attention.merge import accumulator, merge_
 from longspan.context.geometry import count
 from longspan.context.lower import Compute, Part, Program, Receive, Region, Send, Write
 from longspan.context.schedule import INPUTS, Kind
@@ -50,11 +50,6 @@ class _Spec(NamedTuple):
 _ALIGN = 16
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of lse, sums and merging: fp64 for fp64 inputs, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How blocks are computed, the same on all ranks."""
@@ -76,7 +71,7 @@ class Worker:
         query = inputs[0][0]
         self.batch, self.head_dim, self.device = query.shape[0], query.shape[3], query.device
         self.input_dtype = query.dtype
-        self.sum_dtype = accumulation_dtype(query.dtype)
+        self.sum_dtype = accumulator(query.dtype)
         self.records: dict[int, Record] = dict(enumerate(inputs))
         self.flats: dict[int, Tensor] = {}
         self._known_specs: dict[tuple[Kind, int, int, bool], tuple[list[_Spec], int]] = {}

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from longspan.attention.bands import Band, Bands, coalesce, cut, tighten, total_area
+from longspan.attention.bands import Band, Bands, coalesce, tighten, total_area
 from longspan.attention.masks import Mask
 from longspan.layout.tokens import Layout
 
@@ -108,17 +108,6 @@ class Geometry:
     def area(self, q: Ranges, k: Ranges) -> int:
         """Allowed pairs of a block of slots."""
         return total_area(self._cut(q, k))
-
-    def work(self, rank: int) -> int:
-        """Allowed pairs whose query a rank holds."""
-        if self.step != 1:
-            return self.area((self.layout.owned(rank),), ((0, self.layout.num_tokens),))
-        # Where the keys lie does not matter: stretches of consecutive queries on all positions are a few cuts.
-        everything = 0, self.layout.num_tokens
-        return sum(
-            total_area(cut(self._near(start, start + num, *everything), (start, start + num), everything))
-            for _, start, num in self._runs((self.layout.owned(rank),))
-        )
 
     def atoms(self, slots: Iterable[int], heads: Iterable[int], kv_heads: Iterable[int]) -> Atoms:
         """The atoms between ``cuts`` and further slots, and between head numbers. Equal arguments give one object."""

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from longspan.attention.kernels import pick
+from longspan.attention.kernels.contract import row_sums
+from longspan.attention.merge import accumulator
 from longspan.context.build import Built
-from longspan.context.engine import Record, Settings, Worker, accumulation_dtype
+from longspan.context.engine import Record, Settings, Worker
 from longspan.context.exchange import Exchange
 from longspan.context.lower import Program
 
@@ -49,9 +51,15 @@ def bind(bound: Bound, handle: int | None = None) -> int:
     return handle
 
 
-def release(handle: int) -> None:
-    """Forget a handle."""
-    _TABLE.pop(handle, None)
+def release(*handles: int) -> None:
+    """Forget handles."""
+    for handle in handles:
+        _TABLE.pop(handle, None)
+
+
+def is_bound(handle: int) -> bool:
+    """Whether a handle stands for something."""
+    return handle in _TABLE
 
 
 def bound(handle: int) -> Bound:
@@ -67,6 +75,8 @@ def rebind(handle: int, built: Built) -> None:
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, built: Built) -> None:
+    if not q.is_floating_point():
+        raise ValueError(f"q, k and v must be floating-point tensors, got {q.dtype}; convert them")
     expected = built.layout.local_sizes[built.rank]
     for name, x, heads in (("q", q, built.num_heads), ("k", k, built.num_kv_heads), ("v", v, built.num_kv_heads)):
         if x.ndim != 4 or x.shape[1] != expected or x.shape[2] != heads:
@@ -136,7 +146,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, handle: int) -> tuple[Tensor, Tensor, Ten
     b, length, h, _ = q.shape
     # The handle may be bound to another mask later, and then keeps another number of bytes.
     num_bytes = torch.library.get_ctx().new_dynamic_size()
-    lse = q.new_empty((b, h, length), dtype=accumulation_dtype(q.dtype))
+    lse = q.new_empty((b, h, length), dtype=accumulator(q.dtype))
     return q.new_empty(q.shape), lse, q.new_empty((num_bytes,), dtype=torch.uint8)
 
 
@@ -167,7 +177,7 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, dsaved: None):
     q, k, v, out, lse, saved = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
-    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
+    delta = row_sums(dout, out.to(lse.dtype))
     if dlse is not None:
         delta = delta - dlse  # d lse adds P·dlse to dS = P·(dP - delta)
     grads = torch.ops.longspan.attention_backward(dout, q, k, v, lse, delta.contiguous(), saved, ctx.handle)

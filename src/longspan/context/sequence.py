@@ -5,6 +5,7 @@ Mixers call ``ctx.attend`` and read ``ctx.positions``; they do not know whether,
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -18,7 +19,7 @@ from longspan.attention.bands import tighten
 from longspan.attention.masks import Mask, from_bands
 from longspan.context.attend import compare, group_in_force, world_and_rank
 from longspan.context.build import Built, build, resolve
-from longspan.context.run import Bound, attend, bind, rebind
+from longspan.context.run import Bound, attend, bind, rebind, release
 from longspan.layout.tokens import Layout
 
 LayerKind = tuple[int, int, int | None]  # query heads, KV heads, window
@@ -50,6 +51,10 @@ def build_layer(
     )
 
 
+def _release_all(handles: Mapping[object, int]) -> None:
+    release(*handles.values())
+
+
 class SequenceContext:
     """One mask over the ranks of a group, for all layers of a model.
 
@@ -74,6 +79,7 @@ class SequenceContext:
         self.world, self.rank = world_and_rank(group)
         self._method, self._layout = method, layout
         self._handles: dict[tuple[int, int, int | None, float | None, float | None], int] = {}
+        weakref.finalize(self, _release_all, self._handles)
         self.positions: Int[Tensor, " l"]
         self.renew(mask, positions)
 
@@ -87,6 +93,11 @@ class SequenceContext:
         self.mask = mask
         self.method, self.layout = resolve(mask, self.world, self._method, self._layout)
         local = self.layout.positions(self.rank)
+        if positions is not None and np.shape(positions) != (mask.num_tokens,):
+            raise ValueError(
+                f"positions must be one number for each of the mask's {mask.num_tokens} tokens, got shape "
+                f"{np.shape(positions)}; pass those of the global sequence"
+            )
         ids = local if positions is None else np.asarray(positions)[local]
         self.positions = torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)).to(self.device)
         self._built = built or {}
@@ -101,6 +112,14 @@ class SequenceContext:
         built = self._built.get(kind)
         if built is None:
             built = build_layer(self.mask, kind, self.world, self.rank, self.method, self.layout)
+        mask = self.mask if kind[2] is None else windowed(self.mask, kind[2])
+        mine = (mask.fingerprint, self.layout.fingerprint, self.rank, *kind[:2])
+        given = (built.mask, built.layout.fingerprint, built.rank, built.num_heads, built.num_kv_heads)
+        if mine != given:
+            raise ValueError(
+                f"programs must be built for this mask, layout, rank and heads, {mine}, got some for {given}; "
+                "build them with build_layer from the same mask"
+            )
         compare(built, self.group, self.device)
         return built
 

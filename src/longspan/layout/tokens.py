@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -48,11 +49,13 @@ class Layout:
     def __post_init__(self) -> None:
         if not self.ranks:
             raise ValueError(f"layout {self.name!r} must have at least one rank, got none; give each rank its segments")
+        counts = [segment.num_tokens for segments in self.ranks for segment in segments]
+        if min(counts, default=0) < 0:
+            raise ValueError(f"layout {self.name!r} must use segments of 0 tokens or more, got {min(counts)}")
         steps = {segment.step for segments in self.ranks for segment in segments if segment.num_tokens}
         if steps and min(steps) < 1:
             raise ValueError(f"layout {self.name!r} must use positive steps, got {min(steps)}; turn the segment round")
-        positions = self.global_positions
-        if not np.array_equal(np.sort(positions), np.arange(len(positions))):
+        if not self._tiles():
             raise ValueError(f"layout {self.name!r} must hold every position exactly once; check its segments")
         if max(self.local_sizes) - min(self.local_sizes) > 1:
             raise ValueError(
@@ -60,6 +63,15 @@ class Layout:
             )
         if len(steps) > 1:
             raise ValueError(f"layout {self.name!r} must use one step for all its segments, got {sorted(steps)}")
+
+    def _tiles(self) -> bool:
+        """Whether the segments hold every position once; those of step 1 are not expanded to tell."""
+        segments = [segment for segments in self.ranks for segment in segments if segment.num_tokens]
+        if all(segment.step == 1 for segment in segments):
+            ends = [0, *accumulate(segment.num_tokens for segment in sorted(segments))]
+            return [segment.start for segment in sorted(segments)] == ends[:-1]
+        positions = self.global_positions
+        return np.array_equal(np.sort(positions), np.arange(len(positions)))
 
     @property
     def world(self) -> int:
@@ -158,7 +170,7 @@ LAYOUTS: dict[str, Callable[[int, int], Layout]] = {"contiguous": contiguous, "z
 
 
 def make_layout(name: str, num_tokens: int, world: int) -> Layout:
-    """The layout of that name. Raises ValueError for an unknown name or fewer tokens than ranks' count allows."""
+    """The layout of that name. Raises ValueError for an unknown name, no token or no rank."""
     if name not in LAYOUTS:
         raise ValueError(f"unknown layout {name!r}; known: {', '.join(LAYOUTS)}")
     if world < 1 or num_tokens < 1:

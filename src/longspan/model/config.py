@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from longspan.mixers.config import AttentionConfig, LinearScaling, Llama3Scaling, RotaryConfig, YarnScaling, require
 
@@ -140,8 +140,10 @@ class DecoderConfig:
         for key, parts in _PARTS.items():
             if key in values:
                 values[key] = _part(key, values[key], parts)
-        if "windows" in values:
-            values["windows"] = tuple(values["windows"])
+        windows = values.get("windows", [])
+        whole = isinstance(windows, (list, tuple)) and all(w is None or type(w) is int for w in windows)
+        require(whole, "windows must be a list of whole numbers or null", windows, "write it with to_json")
+        values["windows"] = tuple(windows)
         return _make(DecoderConfig, "decoder config", values)
 
     @staticmethod
@@ -191,6 +193,13 @@ def _make(kind: type, where: str, values: dict[str, Any]) -> Any:
     for name, entry in fields.items():
         if name not in values and entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
             raise ValueError(f"{where} lacks the key {name!r}: give it")
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        allowed = hints[name]
+        scalars = {bool, int, float, str} & {allowed, *get_args(allowed)}
+        if scalars and value is not None and type(value) not in scalars | ({int} if float in scalars else set()):
+            words = " or ".join(sorted(kind.__name__ for kind in scalars))
+            raise ValueError(f"{name} of {where} must be {words}, got {value!r}: write the file with to_json")
     try:
         return kind(**values)
     except TypeError as error:

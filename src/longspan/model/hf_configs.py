@@ -143,7 +143,8 @@ def read_rotary(keys: Keys, default_max_positions: int) -> RotaryConfig:
         raise ValueError(f"rope_type must be one of {', '.join(_SCALING_READERS)}, got {kind!r}: longspan has no other")
     scaling = _SCALING_READERS[kind](rope, max_positions)
     rope.finish()
-    return RotaryConfig(theta=theta or outer_theta or 10000.0, max_positions=max_positions, scaling=scaling)
+    theta = outer_theta if theta is None else theta
+    return RotaryConfig(theta=10000.0 if theta is None else theta, max_positions=max_positions, scaling=scaling)
 
 
 def _read_llama3(rope: Keys, max_positions: int) -> Llama3Scaling:
@@ -209,6 +210,8 @@ def _read_llama_like(
 ) -> DecoderConfig:
     keys.only("hidden_act", "silu")
     num_layers, width, heads = (keys.whole(k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    if heads < 1:
+        raise ValueError(f"'num_attention_heads' must be at least 1, got {heads}: is the config whole?")
     eps = keys.number("rms_norm_eps", 1e-6)
     bias = keys.flag("attention_bias", False) if biases else False
     attention = AttentionConfig(
@@ -300,11 +303,15 @@ def _qwen3_windows(keys: Keys, num_layers: int) -> tuple[int | None, ...]:
         full = window is None
         kinds = ["full_attention" if full or i < first else "sliding_attention" for i in range(num_layers)]
     known = {"full_attention": None, "sliding_attention": window}
-    wrong = [kind for kind in kinds if kind not in known]
+    wrong = [kind for kind in kinds if not isinstance(kind, str) or kind not in known]
     if wrong or len(kinds) != num_layers:
         raise ValueError(
             f"'layer_types' must name full_attention or sliding_attention for each of {num_layers} layers, "
             f"got {wrong[0] if wrong else len(kinds)!r}: longspan has no other"
+        )
+    if window is None and "sliding_attention" in kinds:
+        raise ValueError(
+            "'layer_types' with sliding_attention needs 'use_sliding_window' and 'sliding_window', got none: give both"
         )
     windows = tuple(known[kind] for kind in kinds)
     return windows if any(windows) else ()

@@ -202,7 +202,7 @@ def _architecture(values: dict[str, Any]) -> Architecture:
     names = values.get("architectures") or []
     if not names:
         names = [name for name, entry in ARCHITECTURES.items() if entry.model_type == values.get("model_type")]
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in list(ARCHITECTURES):
         got = names or values.get("model_type")
         raise ValueError(
             f"the architecture must be one of {', '.join(ARCHITECTURES)}, got {got!r}: longspan reads no other"

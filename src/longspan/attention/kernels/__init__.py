@@ -31,13 +31,14 @@ _log = logging.getLogger(__name__)
 
 @cache
 def _say_once(chosen: str, why: str) -> None:
-    _log.info("attention kernel %s: %s", chosen, why)
+    # The reference is exact and slow, and keeps whole score matrices: who gets it should know.
+    _log.log(logging.WARNING if chosen == "reference" else logging.INFO, "attention kernel %s: %s", chosen, why)
 
 
 def pick(q: Tensor, *, softcap: float | None, name: str = "auto") -> Kernel:
     """The kernel of a name, or with "auto" the first of ``KERNELS`` that takes such queries.
 
-    What "auto" chose, and why not an earlier one, is logged once at level INFO.
+    What "auto" chose, and why not an earlier one, is logged once: at level INFO, the reference at WARNING.
 
     Args:
         q: queries (b, l, h, d) of any block; keys and values have their dtype, device and head dim.
