@@ -56,6 +56,16 @@ def test_degrees_are_exact(name: str, world: int) -> None:
         assert_equal(*emulated(builder(name, world), MASKS[mask](23), make_layout("zigzag", 23, world), h, g))
 
 
+@pytest.mark.parametrize("name", ["ulysses+burst", "usp+descending", "mask_aware+ulysses", "ring+token_ring"])
+def test_one_forward_with_another_backward_is_exact(name: str) -> None:
+    for number, (mask, world) in enumerate(itertools.product(MASKS, (1, 3, 4))):
+        layout = make_layout(LAYOUTS[number % 3], 23, world)
+        assert_equal(*emulated(builder(name, world), MASKS[mask](23), layout, *SHAPES[number % len(SHAPES)]))
+    layout = make_layout("contiguous", 24, 4)
+    schedule = prune_schedule(builder(name, 4)(layout, 4, 2), Geometry(masks.full(24), layout))
+    assert not any(move.kept for move in schedule.forward.moves)
+
+
 @pytest.mark.parametrize("world", range(1, 9))
 def test_light_seq_is_exact_on_masks_that_look_back(world: int) -> None:
     layouts = [make_layout("contiguous", s, world) for s in (7, 23)]
@@ -84,6 +94,8 @@ def test_light_seq_refuses_what_it_cannot_compute() -> None:
         ("usp:0", "must divide the 4 ranks"),
         ("usp:x", "must divide the 4 ranks"),
         ("ring:2", "takes no degree"),
+        ("ring+usp:3", "must divide the 4 ranks"),
+        ("ring+rings", "unknown context-parallel method"),
         ("rings", "unknown context-parallel method"),
     ],
 )

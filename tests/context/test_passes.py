@@ -128,6 +128,12 @@ def test_ulysses(world: int) -> None:
         assert backward == [share * (2 * unit.q + unit.kv + 2 * unit.lse)] * world
 
 
+def test_ulysses_in_two_stages_sends_no_more() -> None:
+    unit = Unit()
+    for world in (2, 4, 8):
+        assert _sent(_schedule("staged_ulysses", world), unit) == _sent(_schedule("ulysses", world), unit)
+
+
 def test_ulysses_in_fp32_where_a_kv_head_is_shared() -> None:
     """On 8 ranks each of the 4 KV heads is read by two: kv goes out twice, and its gradient comes back in two parts."""
     unit, share = Unit(), Fraction(7, 8)

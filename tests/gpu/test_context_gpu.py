@@ -21,7 +21,8 @@ from longspan.context.passes import prune_schedule
 from longspan.layout.tokens import make_layout
 from tests.oracles.attention import dense_attention
 
-pytestmark = pytest.mark.gpu
+# Not errors here: torch's compiler warns of torch's own code, otherwise in each version.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 
 def plain(q, k, v, allowed, dout, scale):

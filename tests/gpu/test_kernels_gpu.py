@@ -14,7 +14,8 @@ from longspan.attention.kernels.contract import row_sums
 from longspan.attention.merge import merge
 from tests.attention.kernels.blocks import MASKS, RANGES, Inputs, block, errors, oracle, plain_errors, run, tensors
 
-pytestmark = pytest.mark.gpu
+# Not errors here: torch's compiler warns of torch's own code, otherwise in each version.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 CUDA = ["cudnn", "cuda_flash", "flex"]
 FLEX_SMALL = [(torch.bfloat16, "causal"), (torch.float16, "window_both")]

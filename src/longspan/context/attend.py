@@ -21,7 +21,8 @@ from torch import Tensor
 from longspan.attention.kernels import KERNELS
 from longspan.attention.masks import Mask
 from longspan.context.build import Built, build, resolve
-from longspan.context.exchange import agree, backend_for
+from longspan.context.choose import Where, here
+from longspan.context.exchange import agree, backend_for, open_lanes
 from longspan.context.run import Bound, attend, bind, bound, is_bound, release
 from longspan.layout.tokens import Layout
 
@@ -50,6 +51,7 @@ class _Request:
     scale: float | None
     softcap: float | None
     kernel: str
+    where: Where | None
 
     def bind(self) -> int:
         """A new handle. Raises ValueError where the request cannot be met."""
@@ -70,6 +72,7 @@ class _Request:
             num_kv_heads=self.num_kv_heads,
             method=self.method,
             layout=self.layout,
+            where=self.where,
         )
         return bind(Bound(built, self.group if world > 1 else None, self.scale, self.softcap, self.kernel))
 
@@ -93,7 +96,7 @@ class _Handles:
                 raise
             self._known[request] = handle
         built = bound(handle).built
-        _agree(f"{built.fingerprint} {request.scale} {request.softcap} {tensors}", request.group, device)
+        _agree(f"{built.fingerprint} {request.scale} {request.softcap} {tensors}", request.group, device, built.lanes)
         self._known.move_to_end(request)
         if self._limit is not None and len(self._known) > self._limit:
             release(self._known.popitem(last=False)[1])
@@ -116,12 +119,14 @@ def prepare(
     softcap: float | None = None,
     kernel: str = "auto",
     device: torch.device | str = "cpu",
+    where: Where | None = None,
 ) -> int:
     """A handle for ``attend`` and ``torch.ops.longspan.attention``. Collective over ``group``: ranks compare digests.
 
     Args: ``mask`` of the global sequence; ``scale`` of the scores, 1/sqrt(head_dim) by default; ``softcap`` c turns
-    scores x into c·tanh(x/c); ``device`` of the tensors to come. Equal arguments give the same handle until it is
-    released (``longspan.context.run.release``); nothing else ends it.
+    scores x into c·tanh(x/c); ``device`` of the tensors to come; ``where`` they run, for method "auto" to choose by
+    estimated time (``longspan.context.choose``), else it takes a default of the layout. Equal arguments give the same
+    handle until it is released (``longspan.context.run.release``); nothing else ends it.
     Raises ValueError, on every rank, where the ranks' masks, schedules or settings differ, and for unknown or unfit
     options.
     """
@@ -135,19 +140,22 @@ def prepare(
         scale=scale,
         softcap=softcap,
         kernel=kernel,
+        where=where,
     )
     return _PREPARED.of(request, device, "")
 
 
 def compare(built: Built, group: dist.ProcessGroup | None, device: torch.device | str) -> None:
     """Refuse, on every rank, masks or schedules that differ between the ranks of a group."""
-    _agree(built.fingerprint, group_in_force(group), device)
+    _agree(built.fingerprint, group_in_force(group), device, built.lanes)
 
 
-def _agree(text: str, group: dist.ProcessGroup | None, device: torch.device | str) -> None:
+def _agree(text: str, group: dist.ProcessGroup | None, device: torch.device | str, lanes: tuple[int, ...] = ()) -> None:
+    """Compare over the ranks what they are about to do, and open the lanes for it. Raises ValueError as ``agree``."""
     if group is not None and dist.get_world_size(group) > 1:
         digest = blake2b(text.encode(), digest_size=8).hexdigest()
         agree(group, digest, "mask, layout, schedule, scale and shape", torch.device(device))
+        open_lanes(group, torch.device(device), lanes)
 
 
 def attention(
@@ -162,17 +170,22 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     kernel: str = "auto",
+    where: Where | None = None,
 ) -> Float[Tensor, "b l h d"]:
     """Exact attention of a sequence split over ``group``, on local tensors; differentiable once.
 
     The local tokens are those that ``shard(x, mask, group, method=method, layout=layout)`` gives. Every call compares
     the ranks' masks and schedules (one tiny collective); ``prepare`` and ``attend`` do so once for many layers.
+    Method "auto" takes what should be fastest on these ranks, or on those that ``where`` describes.
     Raises ValueError for shapes, methods, layouts or kernels that do not fit, or where ranks disagree.
     """
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(
             f"q, k and v must be (batch, local tokens, heads, head_dim), got q {tuple(q.shape)} and k {tuple(k.shape)}"
         )
+    world, _ = world_and_rank(group)
+    if method == "auto" and where is None and world > 1:
+        where = here(world, q.device, dtype=q.dtype, head_dim=q.shape[3], batch=q.shape[0])
     request = _Request(
         mask=mask,
         num_heads=q.shape[2],
@@ -183,6 +196,7 @@ def attention(
         scale=scale,
         softcap=softcap,
         kernel=kernel,
+        where=where,
     )
     handle = _RECENT.of(request, q.device, f"{q.shape[0]} {q.shape[3]} {q.dtype}")
     return attend(q, k, v, handle)

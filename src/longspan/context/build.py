@@ -8,11 +8,10 @@ from hashlib import blake2b
 
 from longspan.attention.masks import Mask
 from longspan.context.check import check
-from longspan.context.choose import default_layout, default_method, layout_of
+from longspan.context.choose import Where, choose_method, default_layout, default_method, layout_of
 from longspan.context.geometry import Geometry
 from longspan.context.lower import Program, lower
-from longspan.context.methods import builder
-from longspan.context.methods import method as method_of
+from longspan.context.methods import builder, reason_against
 from longspan.context.passes import prune_schedule
 from longspan.context.schedule import Schedule
 from longspan.layout.tokens import Layout
@@ -31,6 +30,7 @@ class Built:
     forward: Program
     backward: Program
     fingerprint: str
+    lanes: tuple[int, ...]  # that any rank uses in either phase
 
 
 def resolve(mask: Mask, world: int, method: str, layout: Layout | str | None) -> tuple[str, Layout]:
@@ -57,7 +57,7 @@ def checked_schedule(mask: Mask, layout: Layout, method: str, num_heads: int, nu
     """The method's schedule, pruned for the mask and proved right."""
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"query heads must be a multiple of KV heads, got {num_heads} and {num_kv_heads}")
-    reason = method_of(method).reason_against(mask, layout)
+    reason = reason_against(method, mask, layout)
     if reason is not None:
         raise ValueError(f"method {method!r} cannot compute this mask on this layout: {reason}; take method 'auto'")
     geometry = _geometry(mask, layout)
@@ -76,7 +76,10 @@ def _built(mask: Mask, layout: Layout, method: str, num_heads: int, num_kv_heads
     ]
     text = f"{mask.fingerprint} {schedule.fingerprint}"
     digest = blake2b(text.encode(), digest_size=8).hexdigest()
-    return Built(mask.fingerprint, method, layout, num_heads, num_kv_heads, rank, programs[0], programs[1], digest)
+    lanes = tuple(sorted({move.lane for phase in (schedule.forward, schedule.backward) for move in phase.moves}))
+    return Built(
+        mask.fingerprint, method, layout, num_heads, num_kv_heads, rank, programs[0], programs[1], digest, lanes
+    )
 
 
 def build(
@@ -88,10 +91,15 @@ def build(
     num_kv_heads: int,
     method: str = "auto",
     layout: Layout | str | None = None,
+    where: Where | None = None,
 ) -> Built:
     """One rank's programs of a mask. Cached; the same on every call with equal arguments, in any process.
+
+    With ``where``, "auto" is the method that should be fastest there; without, a default of the layout.
 
     Raises ValueError for an unknown method or layout, or one that does not fit the mask, the ranks or the heads.
     """
     chosen, resolved = resolve(mask, world, method, layout)
+    if method == "auto" and where is not None and world > 1:
+        chosen = choose_method(mask, resolved, num_heads, num_kv_heads, where).chosen.method
     return _built(mask, resolved, chosen, num_heads, num_kv_heads, rank)

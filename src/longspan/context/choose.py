@@ -1,4 +1,7 @@
-"""Which layout and which method: defaults that are pure functions of (mask, ranks, method).
+"""Which layout and which method.
+
+Defaults are pure functions of (mask, ranks, method). What runs on known wires and devices chooses better:
+``choose_method`` estimates every method's time there, ``choose_layout`` the layout's with it.
 
 Published methods bring their layout. ``auto`` takes the first of contiguous, zigzag and balanced whose busiest rank has
 hardly more work than the best of the three: the earlier ones have larger blocks, and the same form for every mask.
@@ -6,13 +9,27 @@ hardly more work than the best of the three: the earlier ones have larger blocks
 
 from __future__ import annotations
 
+import logging
+import math
+import os
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
+
+import torch
 
 from longspan.attention.masks import Mask
-from longspan.context.balance import balanced, imbalance
-from longspan.context.methods import method as method_of
+from longspan.context.balance import balanced, bytes_fraction, imbalance
+from longspan.context.estimate import estimate, tabulate
+from longspan.context.geometry import Geometry
+from longspan.context.methods import builder, layout_name, reason_against
+from longspan.context.passes import prune_schedule
+from longspan.context.schedule import Sizes
+from longspan.hardware.profile import DeviceProfile, make_profile
+from longspan.hardware.topology import Topology, make_topology
 from longspan.layout.tokens import LAYOUTS, Layout, make_layout
 
+_log = logging.getLogger(__name__)
 _BALANCE_MARGIN = 1.02  # a layout must be better by this factor to be preferred over an earlier one
 
 
@@ -29,7 +46,7 @@ def layout_of(name: str, mask: Mask, world: int) -> Layout:
 def default_layout(mask: Mask, world: int, method: str = "auto") -> Layout:
     """The layout of a mask on ``world`` ranks for a method or ``auto``. Raises ValueError for an unknown method."""
     if method != "auto":
-        return layout_of(method_of(method).layout, mask, world)
+        return layout_of(layout_name(method), mask, world)
     candidates = [layout_of(name, mask, world) for name in ("contiguous", "zigzag", "balanced")]
     work = [imbalance(mask, layout) for layout in candidates]
     return next(layout for layout, load in zip(candidates, work, strict=True) if load <= min(work) * _BALANCE_MARGIN)
@@ -38,3 +55,121 @@ def default_layout(mask: Mask, world: int, method: str = "auto") -> Layout:
 def default_method(layout: Layout) -> str:
     """The method for ``auto`` on a layout."""
     return {"zigzag": "descending", "balanced": "mask_aware"}.get(layout.name, "ring")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Where:
+    """What a schedule runs on: the wires, the device, and the sizes of what is computed."""
+
+    topology: Topology
+    device: DeviceProfile
+    sizes: Sizes
+
+
+# What a card is called, and the preset that stands for it.
+_CARDS = {"H200": "h200", "H100": "h100", "H800": "h100", "A100": "a100", "A10": "a10"}
+_WIRES = {"h200": "h200", "h100": "h100", "a100": "a100", "a10": "a10_pcie"}
+
+
+def here(world: int, device: torch.device, *, dtype: torch.dtype, head_dim: int, batch: int = 1) -> Where:
+    """The presets that fit this job: an unknown card is taken for an H100, ranks on the CPU share this machine."""
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    sizes = Sizes(batch=batch, head_dim=head_dim, inputs=dtype.itemsize, sums=wide)
+    if device.type != "cuda":
+        return Where(topology=make_topology("gloo", world), device=make_profile("cpu"), sizes=sizes)
+    name = torch.cuda.get_device_name(device)
+    card = next((preset for words, preset in _CARDS.items() if words in name), "h100")
+    if torch.cuda.device_count() < min(world, _gpus_of_a_node()):  # ranks share a card, through host memory
+        return Where(topology=make_topology("gloo", world), device=make_profile(card), sizes=sizes)
+    return Where(topology=make_topology(_WIRES[card], world), device=make_profile(card), sizes=sizes)
+
+
+def _gpus_of_a_node() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+class Candidate(NamedTuple):
+    """A method and its estimated seconds."""
+
+    method: str
+    forward_s: float
+    backward_s: float
+
+    @property
+    def both_s(self) -> float:
+        return self.forward_s + self.backward_s
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The method that ``auto`` takes, and all that it was chosen from, best first."""
+
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+
+    def __str__(self) -> str:
+        rows = [f"{c.method} {1e3 * c.forward_s:.3g} + {1e3 * c.backward_s:.3g} ms" for c in self.candidates]
+        return f"{self.chosen.method}: {1e3 * self.chosen.both_s:.3g} ms estimated, of {', '.join(rows)}"
+
+
+_CANDIDATES = (
+    "ring", "descending", "opposing", "double_ring", "all_gather", "mask_aware", "ulysses", "staged_ulysses", "usp",
+    "token_ring",     "light_seq", "burst",
+)  # fmt: skip
+_MIXING_MARGIN = 1.03  # two methods must promise this much over one
+_chosen: dict[tuple[object, ...], Choice] = {}
+
+
+def choose_method(mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int, where: Where) -> Choice:
+    """The method, or forward and backward methods, with the least estimated time on a layout.
+
+    Cached by what masks of a run have in common (length, area, balance, keys to send, each to a few per cent), so that
+    packed documents, whose mask is new in every step, are chosen for once. Building the candidates takes seconds on
+    many ranks. A pure function of its arguments and of what was asked before: ask in one order on all ranks.
+    """
+    key = (*_statistics(mask, layout), layout.name, layout.world, num_heads, num_kv_heads, where)
+    if key not in _chosen:
+        choice = _chosen[key] = _choose(mask, layout, num_heads, num_kv_heads, where)
+        _log.info("context parallelism on %s: %s", where.topology.name, choice)
+    return _chosen[key]
+
+
+def _statistics(mask: Mask, layout: Layout) -> tuple[float, ...]:
+    s = mask.num_tokens
+    return (
+        round(8 * math.log2(s)),
+        round(8 * math.log2((mask.area + 1) / (s * s))),
+        round(20 * imbalance(mask, layout)),
+        round(40 * bytes_fraction(mask, layout)[1]),
+    )
+
+
+def _choose(mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int, where: Where) -> Choice:
+    geometry, found, free = Geometry(mask, layout), [], []
+    for name in _CANDIDATES:
+        if reason_against(name, mask, layout) is not None:
+            continue
+        schedule = prune_schedule(builder(name, layout.world)(layout, num_heads, num_kv_heads), geometry)
+        seconds = (
+            estimate(tabulate(schedule, geometry, backward=b), where.topology, where.device, where.sizes)
+            for b in (False, True)
+        )
+        candidate = Candidate(name, *seconds)
+        found.append(candidate)
+        if not any(move.kept for move in schedule.forward.moves):
+            free.append(candidate)  # its backward phase needs nothing from its forward phase
+    found.sort(key=lambda c: c.both_s)
+    forward, backward = min(found, key=lambda c: c.forward_s), min(free, key=lambda c: c.backward_s)
+    best = found[0]
+    if (forward.forward_s + backward.backward_s) * _MIXING_MARGIN < best.both_s:
+        name = forward.method if forward is backward else f"{forward.method}+{backward.method}"
+        best = Candidate(name, forward.forward_s, backward.backward_s)
+    return Choice(best, tuple(found))
+
+
+def choose_layout(mask: Mask, world: int, num_heads: int, num_kv_heads: int, where: Where) -> tuple[Layout, Choice]:
+    """The layout, and the method on it, with the least estimated time: balance against bytes, at the wires' price."""
+    options = [layout_of(name, mask, world) for name in ("contiguous", "zigzag")]
+    options += [balanced(mask, world, tolerance=tolerance) for tolerance in (0.02, 0.3)]
+    chosen = [(layout, _choose(mask, layout, num_heads, num_kv_heads, where)) for layout in dict.fromkeys(options)]
+    return min(chosen, key=lambda pair: pair[1].chosen.both_s)

@@ -1,13 +1,15 @@
 """How a step's messages travel: gloo, NCCL, or gloo staged through pinned host memory for CUDA tensors.
 
 Receives are posted before sends: gloo serialises the two directions otherwise. NCCL takes one batch per step and lane,
-at most 256 operations, in the order of the global list on every rank. gloo cannot read CUDA memory and NCCL refuses
-two ranks on one card, so ranks that share a GPU send through pinned host buffers.
+at most 256 operations, in the order of the global list on every rank; each lane has a communicator of its own, since
+what was posted on one is done in order. gloo cannot read CUDA memory and NCCL refuses two ranks on one card, so ranks
+that share a GPU send through pinned host buffers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -68,19 +70,48 @@ class Exchange:
         return waits
 
     def _post_nccl(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Callable[[], None]]:
-        if any(lane for _, lane, _ in (*sends, *receives)):
-            raise ValueError("a schedule of several lanes needs a process group per lane on NCCL; use method='ring'")
-        ops = [dist.P2POp(dist.irecv, t, group=self.group, group_peer=peer) for peer, _, t in receives]
-        ops += [dist.P2POp(dist.isend, t, group=self.group, group_peer=peer) for peer, _, t in sends]
-        if len(ops) > _BATCH_LIMIT:
-            raise ValueError(f"a step may post at most {_BATCH_LIMIT} messages per rank on NCCL, got {len(ops)}")
-        works = dist.batch_isend_irecv(ops)  # coalesced: works do not match ops one to one
-        self._sending.extend((work, t) for work in works for _, _, t in sends)
-        return [_waiter(works, target, None) for _, _, target in receives]
+        works: dict[int, list[dist.Work]] = {}
+        for lane in sorted({lane for _, lane, _ in (*sends, *receives)}):
+            group = lane_group(self.group, lane)
+            ops = [dist.P2POp(dist.irecv, t, group=group, group_peer=peer) for peer, at, t in receives if at == lane]
+            ops += [dist.P2POp(dist.isend, t, group=group, group_peer=peer) for peer, at, t in sends if at == lane]
+            if len(ops) > _BATCH_LIMIT:
+                raise ValueError(
+                    f"a step may post at most {_BATCH_LIMIT} messages per rank on NCCL, got {len(ops)}; use a ring"
+                )
+            works[lane] = dist.batch_isend_irecv(ops)  # coalesced: works do not match ops one to one
+        self._sending.extend((work, t) for _, lane, t in sends for work in works[lane])
+        return [_waiter(works[lane], target, None) for _, lane, target in receives]
 
     def finish(self) -> None:
         """Wait until everything posted has been sent."""
         _finish(self._sending)
+
+
+@lru_cache(maxsize=64)
+def lane_group(group: dist.ProcessGroup, lane: int) -> dist.ProcessGroup:
+    """The communicator of a lane of an NCCL group: the group itself for lane 0. Collective over the group at first."""
+    if lane == 0:
+        return group
+    ranks = dist.get_process_group_ranks(group)
+    made = dist.new_group(ranks, backend="nccl", use_local_synchronization=True, group_desc=f"longspan lane {lane}")
+    assert isinstance(made, dist.ProcessGroup)
+    return made
+
+
+def open_lanes(group: dist.ProcessGroup, device: torch.device, lanes: Iterable[int]) -> None:
+    """Make and warm up a group's communicators for these lanes, on all ranks together.
+
+    NCCL connects at the first operation, which must then involve every rank; a step of a schedule may not.
+    """
+    if backend_for(group, device) == "nccl":
+        for lane in sorted(lanes):
+            _warm(lane_group(group, lane), device)
+
+
+@lru_cache(maxsize=64)
+def _warm(group: dist.ProcessGroup, device: torch.device) -> None:
+    dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 def _finish(sending: list[tuple[dist.Work, Tensor]]) -> None:

@@ -48,6 +48,17 @@ def derived(
     return Schedule(name, layout, num_heads, num_kv_heads, forward, backward, dkv)
 
 
+def combined(forward: Schedule, backward: Schedule) -> Schedule:
+    """The forward phase of one schedule with the backward phase of another, on one layout; nothing is kept between."""
+    first, second = (Phase(tuple(replace(m, kept=False) for m in s.forward.moves), s.forward.blocks)
+                     for s in (forward, backward))  # fmt: skip
+    phase = backward.backward
+    if backward.dkv is not None:
+        phase = replay(second, backward.layout, backward.group_size, dkv=backward.dkv)
+    name = f"{forward.name}+{backward.name}"
+    return replace(forward, name=name, forward=first, backward=phase, dkv=backward.dkv, replayed=second)
+
+
 def replay(forward: Phase, layout: Layout, group_size: int, *, dkv: Literal["home", "follow"]) -> Phase:
     """The backward phase that recomputes every block where the forward phase computed it.
 
@@ -327,6 +338,8 @@ def prune_schedule(schedule: Schedule, geometry: Geometry) -> Schedule:
     schedule = replace(schedule, forward=mark_complete(forward, schedule, geometry, backward=False))
     backward = schedule.backward
     if schedule.dkv is not None:
+        if schedule.replayed is not None:
+            forward = prune(schedule.replayed, schedule, geometry, backward=False)
         backward = replay(forward, schedule.layout, schedule.group_size, dkv=schedule.dkv)
     backward = prune(backward, schedule, geometry, backward=True)
     return replace(schedule, backward=mark_complete(backward, schedule, geometry, backward=True))

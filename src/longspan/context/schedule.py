@@ -103,6 +103,7 @@ class Schedule:
     forward: Phase
     backward: Phase
     dkv: Literal["home", "follow"] | None = None  # how the backward phase was derived (``passes.replay``), if it was
+    replayed: Phase | None = None  # the forward phase that it was derived from, if that is another method's
 
     @property
     def group_size(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from longspan.attention.bands import tighten
 from longspan.attention.masks import Mask, from_bands
 from longspan.context.attend import compare, group_in_force, world_and_rank
 from longspan.context.build import Built, build, resolve
+from longspan.context.choose import Where, here
 from longspan.context.run import Bound, attend, bind, rebind, release
 from longspan.layout.tokens import Layout
 
@@ -35,11 +37,17 @@ def windowed(mask: Mask, window: int) -> Mask:
 
 
 def build_layer(
-    mask: Mask, kind: LayerKind, world: int, rank: int, method: str = "auto", layout: Layout | str | None = None
+    mask: Mask,
+    kind: LayerKind,
+    world: int,
+    rank: int,
+    method: str = "auto",
+    layout: Layout | str | None = None,
+    where: Where | None = None,
 ) -> Built:
     """One rank's programs for a kind of attention layer, on the layout of the whole mask. Pure; for data workers."""
     num_heads, num_kv_heads, window = kind
-    method, layout = resolve(mask, world, method, layout)
+    layout = resolve(mask, world, method, layout)[1]
     return build(
         mask if window is None else windowed(mask, window),
         world=world,
@@ -48,10 +56,11 @@ def build_layer(
         num_kv_heads=num_kv_heads,
         method=method,
         layout=layout,
+        where=where,
     )
 
 
-def _release_all(handles: Mapping[object, int]) -> None:
+def _release_all(handles: Mapping[Any, int]) -> None:
     release(*handles.values())
 
 
@@ -59,7 +68,7 @@ class SequenceContext:
     """One mask over the ranks of a group, for all layers of a model.
 
     Args: ``positions`` are the position ids of the *global* sequence (int64 (s,)), by default 0, 1, ...; packed
-    documents restart them. ``method`` and ``layout`` as in ``attention``.
+    documents restart them. ``method``, ``layout`` and ``where`` as in ``attention``.
 
     ``renew`` takes the next step's mask: handles stay the same, so compiled code does too.
     """
@@ -74,10 +83,12 @@ class SequenceContext:
         positions: np.ndarray | None = None,
         device: torch.device | str = "cpu",
         kernel: str = "auto",
+        where: Where | None = None,
     ) -> None:
+        self.where = where
         self.group, self.device, self.kernel = group_in_force(group), torch.device(device), kernel
         self.world, self.rank = world_and_rank(group)
-        self._method, self._layout = method, layout
+        self.method, self._layout = method, layout
         self._handles: dict[tuple[int, int, int | None, float | None, float | None], int] = {}
         weakref.finalize(self, _release_all, self._handles)
         self.positions: Int[Tensor, " l"]
@@ -91,7 +102,7 @@ class SequenceContext:
         Collective over the group: ranks compare their masks. The backward of what ran before must be over.
         """
         self.mask = mask
-        self.method, self.layout = resolve(mask, self.world, self._method, self._layout)
+        self.layout = resolve(mask, self.world, self.method, self._layout)[1]
         local = self.layout.positions(self.rank)
         if positions is not None and np.shape(positions) != (mask.num_tokens,):
             raise ValueError(
@@ -111,7 +122,7 @@ class SequenceContext:
     def _build(self, kind: LayerKind) -> Built:
         built = self._built.get(kind)
         if built is None:
-            built = build_layer(self.mask, kind, self.world, self.rank, self.method, self.layout)
+            built = build_layer(self.mask, kind, self.world, self.rank, self.method, self.layout, self.where)
         mask = self.mask if kind[2] is None else windowed(self.mask, kind[2])
         mine = (mask.fingerprint, self.layout.fingerprint, self.rank, *kind[:2])
         given = (built.mask, built.layout.fingerprint, built.rank, built.num_heads, built.num_kv_heads)
@@ -147,4 +158,6 @@ class SequenceContext:
     ) -> Float[Tensor, "b l h d"]:
         """Attention of the local queries over the whole sequence."""
         del layer  # the same mask for every layer with one window
+        if self.where is None and self.method == "auto" and self.world > 1:
+            self.where = here(self.world, q.device, dtype=q.dtype, head_dim=q.shape[3], batch=q.shape[0])
         return attend(q, k, v, self.handle(q.shape[2], k.shape[2], window, scale, softcap))

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from longspan.attention.kernels.contract import Kernel
@@ -30,15 +31,15 @@ _log = logging.getLogger(__name__)
 
 
 @cache
-def _say_once(chosen: str, why: str) -> None:
-    # The reference is exact and slow, and keeps whole score matrices: who gets it should know.
-    _log.log(logging.WARNING if chosen == "reference" else logging.INFO, "attention kernel %s: %s", chosen, why)
+def _say_once(chosen: str, why: str, level: int) -> None:
+    _log.log(level, "attention kernel %s: %s", chosen, why)
 
 
 def pick(q: Tensor, *, softcap: float | None, name: str = "auto") -> Kernel:
     """The kernel of a name, or with "auto" the first of ``KERNELS`` that takes such queries.
 
-    What "auto" chose, and why not an earlier one, is logged once: at level INFO, the reference at WARNING.
+    What "auto" chose, and why not an earlier one, is logged once, at level INFO; at WARNING for the
+    reference, unless float64 asked for it.
 
     Args:
         q: queries (b, l, h, d) of any block; keys and values have their dtype, device and head dim.
@@ -60,7 +61,9 @@ def pick(q: Tensor, *, softcap: float | None, name: str = "auto") -> Kernel:
         kernel = candidate()
         reason = kernel.supports(q, q, q, softcap=softcap)
         if reason is None:
-            _say_once(kernel.name, "; ".join(passed) or "the first choice")
+            # The reference is slow and keeps whole score matrices: who gets it without asking for float64 should know.
+            slow = kernel.name == "reference" and q.dtype != torch.float64
+            _say_once(kernel.name, "; ".join(passed) or "the first choice", logging.WARNING if slow else logging.INFO)
             return kernel
         passed.append(f"not {kernel.name} ({reason})")
     raise ValueError(f"no attention kernel takes these queries: {'; '.join(passed)}")

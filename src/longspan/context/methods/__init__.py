@@ -1,7 +1,8 @@
 """The context-parallel methods: one visible table from name to function.
 
 A method that has a degree (the size of USP's head groups, of the double ring's windows) takes it after a colon, as in
-``"usp:4"``; without one it takes its default for the ranks.
+``"usp:4"``; without one it takes its default for the ranks. ``"ulysses+burst"`` is the forward phase of one method with
+the backward phase of another.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from longspan.attention.masks import Mask
 from longspan.context.methods.all_gather import all_gather, mask_aware
 from longspan.context.methods.burst import burst
 from longspan.context.methods.double_ring import double_ring
-from longspan.context.methods.light_seq import light_seq, reason_against
+from longspan.context.methods.light_seq import light_seq, looks_ahead
 from longspan.context.methods.ring import descending_ring, opposing_rings, ring, striped_ring, zigzag_ring
 from longspan.context.methods.token_ring import token_ring
-from longspan.context.methods.ulysses import ulysses, usp
+from longspan.context.methods.ulysses import staged_ulysses, ulysses, usp
+from longspan.context.passes import combined
 from longspan.context.schedule import Schedule
 from longspan.layout.tokens import Layout
 
@@ -89,6 +91,12 @@ METHODS: dict[str, Method] = {
         layout="contiguous",
         build=ulysses,
     ),
+    "staged_ulysses": Method(
+        title="Ulysses in two stages, the second under way during the first",
+        paper="ours",
+        layout="contiguous",
+        build=staged_ulysses,
+    ),
     "usp": Method(
         title="USP (Ulysses inside groups, a ring between them)",
         paper="Fang, Zhao 2024, arXiv:2405.07719",
@@ -111,7 +119,7 @@ METHODS: dict[str, Method] = {
         paper="Li et al. 2023, arXiv:2310.03294",
         layout="contiguous",
         build=light_seq,
-        reason_against=reason_against,
+        reason_against=looks_ahead,
     ),
     "burst": Method(
         title="BurstAttention (queries hop in the backward)",
@@ -130,11 +138,28 @@ def method(name: str) -> Method:
     return METHODS[base]
 
 
+def layout_name(name: str) -> str:
+    """The layout of a method; of two, that of the forward phase's. Raises ValueError for an unknown method."""
+    return method(name.partition("+")[0]).layout
+
+
+def reason_against(name: str, mask: Mask, layout: Layout) -> str | None:
+    """Why a method cannot compute a mask on a layout, or None. Raises ValueError for an unknown method."""
+    reasons = (method(part).reason_against(mask, layout) for part in name.split("+"))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
 def builder(name: str, world: int) -> Build:
     """The schedule function of a method, with its degree filled in.
 
     Raises ValueError for an unknown method, and for a degree that is not a divisor of the ranks or has no place.
     """
+    first, plus, second = name.partition("+")
+    if plus:
+        forward, backward = builder(first, world), builder(second, world)
+        return lambda layout, num_heads, num_kv_heads: combined(
+            forward(layout, num_heads, num_kv_heads), backward(layout, num_heads, num_kv_heads)
+        )
     found = method(name)
     _, colon, text = name.partition(":")
     if not found.has_degree:

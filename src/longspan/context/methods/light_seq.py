@@ -23,7 +23,7 @@ from longspan.context.schedule import Block, Move, Phase, Piece, Schedule, order
 from longspan.layout.tokens import Layout
 
 
-def reason_against(mask: Mask, layout: Layout) -> str | None:
+def looks_ahead(mask: Mask, layout: Layout) -> str | None:
     """Why LightSeq cannot compute a mask on a layout, or None."""
     if layout.name != "contiguous":
         return f"it takes the contiguous layout, not {layout.name!r}"

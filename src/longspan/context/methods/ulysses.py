@@ -18,7 +18,7 @@ the ring as there. Memory: q, k and v of the group for a share of the heads, kep
 
 from __future__ import annotations
 
-from longspan.context.geometry import Range, Ranges, normalise
+from longspan.context.geometry import Range, Ranges, normalise, split_in_two
 from longspan.context.passes import derived
 from longspan.context.schedule import Block, Move, Phase, Piece, Schedule, kv_heads_of, ordered
 from longspan.layout.tokens import Layout, even_split
@@ -27,6 +27,29 @@ from longspan.layout.tokens import Layout, even_split
 def ulysses(layout: Layout, num_heads: int, num_kv_heads: int) -> Schedule:
     """Every rank gets all tokens of its share of the heads; ranks beyond the heads have none."""
     return _exchange("ulysses", layout, num_heads, num_kv_heads, layout.world)
+
+
+def staged_ulysses(layout: Layout, num_heads: int, num_kv_heads: int) -> Schedule:
+    """Ulysses in two stages: the second half of a rank's heads is on its way while it computes the first. Ours."""
+    world, group_size = layout.world, num_heads // num_kv_heads
+    everything = ((0, layout.num_tokens),)
+    moves, blocks = [], []
+    for rank, share in enumerate(_shares(num_heads, world)):
+        last_kv = 0
+        for stage, heads in enumerate(half for half in split_in_two(share) if half[0] < half[1]):
+            kv_heads = kv_heads_of(heads, group_size)
+            unsent = max(last_kv, kv_heads[0]), kv_heads[1]  # both halves may read one KV head
+            last_kv = kv_heads[1]
+            for other in range(world):
+                if other != rank:
+                    own = (layout.owned(other),)
+                    moves.append(Move(stage, other, rank, Piece("q", own, heads), kept=True))
+                    if unsent[0] < unsent[1]:
+                        moves.append(Move(stage, other, rank, Piece("kv", own, unsent), kept=True))
+                    moves.append(Move(stage + 2, rank, other, Piece("o", own, heads)))
+            blocks.append(Block(stage + 1, rank, everything, everything, heads))
+    forward = Phase(ordered(moves, world), tuple(blocks))
+    return derived("staged_ulysses", layout, num_heads, num_kv_heads, forward)
 
 
 def usp(layout: Layout, num_heads: int, num_kv_heads: int, degree: int) -> Schedule:

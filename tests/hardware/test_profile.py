@@ -1,0 +1,148 @@
+"""Device profiles: the formula by hand, the published figures they were solved from, and the fit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from longspan.hardware.profile import (
+    PROFILES,
+    DeviceProfile,
+    KernelProfile,
+    Measurement,
+    Shape,
+    fit_profile,
+    kernel_pairs,
+    make_profile,
+)
+
+# One tile is one pair, nothing runs side by side: a call of one head and head dim 1 takes 4 x area / 8 seconds.
+TOY = DeviceProfile(
+    name="toy",
+    peak_flop_per_s=(("float32", 16.0), ("bfloat16", 32.0)),
+    forward=KernelProfile(efficiency=0.5, call_s=0.0),
+    backward=KernelProfile(efficiency=0.25, call_s=0.0),
+    memory_bytes_per_s=100.0,
+    memory_bytes=1000,
+    tile_rows=1,
+    tile_keys=1,
+)
+
+
+def seconds(device: DeviceProfile, *shapes: Shape, heads: int = 1, dtype: str = "float32", backward=False) -> float:
+    return device.kernel_s(shapes, heads=heads, head_dim=1, dtype=dtype, backward=backward)
+
+
+def test_a_call_by_hand() -> None:
+    assert seconds(TOY, Shape(2, 3, 6)) == pytest.approx(4 * 6 / 8)
+    assert seconds(TOY, Shape(2, 3, 6), heads=5) == pytest.approx(5 * 4 * 6 / 8)
+    assert seconds(TOY, Shape(2, 3, 6), dtype="bfloat16") == pytest.approx(4 * 6 / 16)
+    assert seconds(TOY, Shape(2, 3, 6), backward=True) == pytest.approx(10 * 6 / 4)
+    costly = dataclasses.replace(TOY, forward=KernelProfile(efficiency=0.5, row_keys=7, key_rows=11, call_s=100))
+    assert seconds(costly, Shape(2, 3, 6)) == pytest.approx(100 + 4 * (6 + 7 * 2 + 11 * 3) / 8)
+
+
+def test_fragments_cost_a_launch_each_unless_packed() -> None:
+    device = dataclasses.replace(TOY, forward=KernelProfile(efficiency=0.5, call_s=1.0))
+    fragments = [Shape(1, 1, 1)] * 8
+    assert seconds(device, *fragments) == pytest.approx(8 * (1 + 0.5))
+    assert seconds(dataclasses.replace(device, packed=True), *fragments) == pytest.approx(1 + 8 * 0.5)
+
+
+def test_work_is_whole_tiles() -> None:
+    table = np.array([(5, 8, 40, 0), (8, 8, 36, 1), (8, 8, 64, 0), (1, 1, 1, 1)], dtype=float)
+    # 5 rows fill two tiles of 4; the diagonal of 8 x 8 runs through tiles of 4 and wastes half a tile a row.
+    assert kernel_pairs(table, 4, 4).tolist() == [64, 36 + 8 * 4 / 2, 64, 16]
+
+
+def test_a_call_that_does_not_fill_the_device_leaves_the_rest_idle() -> None:
+    device = dataclasses.replace(TOY, num_slots=8)
+    assert seconds(device, Shape(1, 3, 3)) == pytest.approx(8 * seconds(TOY, Shape(1, 3, 3)))
+    assert seconds(device, Shape(8, 3, 24)) == pytest.approx(seconds(TOY, Shape(8, 3, 24)))
+    assert seconds(device, Shape(9, 3, 27)) == pytest.approx(seconds(TOY, Shape(9, 3, 27)) * 16 / 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "tflops", "backward"),
+    [
+        ("h200", 65536, 589, False),
+        ("h200", 65536, 533, True),
+        ("h200", 4096, 511, False),
+        ("h200", 4096, 427, True),
+        ("h200_flash", 65536, 336, False),
+        ("h200_flash", 65536, 319, True),
+    ],
+)
+def test_presets_meet_the_measured_ceilings(name: str, length: int, tflops: int, backward: bool) -> None:
+    area = length * (length + 1) // 2
+    call = [Shape(length, length, area, 1)]
+    time_s = make_profile(name).kernel_s(call, heads=32, head_dim=128, dtype="bfloat16", backward=backward)
+    flop = (10 if backward else 4) * 32 * 128 * area
+    assert flop / time_s / 1e12 == pytest.approx(tflops, rel=0.005)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_presets_survive_json_and_are_below_their_peak(name: str) -> None:
+    profile = make_profile(name)
+    assert DeviceProfile.from_json(profile.to_json()) == profile
+    assert profile.name == name and 0 < profile.forward.efficiency < 1 and 0 < profile.backward.efficiency < 1
+    with pytest.raises(ValueError, match="no peak for 'int8'; known: "):
+        profile.peak("int8")
+
+
+def measured(device: DeviceProfile, noise: float = 0.0) -> list[Measurement]:
+    rng, rows = np.random.default_rng(0), []
+    for num_q, num_k in [(100, 100), (1000, 100), (100, 1000), (3000, 3000), (500, 4000), (4000, 500), (64, 9000)]:
+        for backward in (False, True):
+            for diagonals in (0, 1) if num_q == num_k else (0,):
+                area = num_q * (num_k + 1) // 2 if diagonals else num_q * num_k
+                shape = [Shape(num_q, num_k, area, diagonals)]
+                time_s = device.kernel_s(shape, heads=3, head_dim=64, dtype="bfloat16", backward=backward)
+                time_s *= 1 + noise * rng.standard_normal()
+                rows.append(Measurement(num_q, num_k, area, time_s, 3, 64, backward, diagonals))
+    return rows
+
+
+def test_the_fit_finds_what_the_measurements_were_made_of() -> None:
+    truth = dataclasses.replace(
+        make_profile("h200"),
+        forward=KernelProfile(efficiency=0.6, row_keys=200, key_rows=30, call_s=2e-5),
+        backward=KernelProfile(efficiency=0.4, row_keys=500, key_rows=0, call_s=3e-5),
+    )
+    fitted = fit_profile(measured(truth), make_profile("h200"), name="mine")
+    assert fitted.name == "mine"
+    for got, expected in ((fitted.forward, truth.forward), (fitted.backward, truth.backward)):
+        assert dataclasses.astuple(got) == pytest.approx(dataclasses.astuple(expected), rel=1e-6, abs=1e-9)
+    noisy = fit_profile(measured(truth, noise=0.02), make_profile("h200"), name="mine")
+    assert noisy.forward.efficiency == pytest.approx(0.6, rel=0.1)
+    assert min(noisy.forward.row_keys, noisy.forward.key_rows, noisy.backward.key_rows, noisy.forward.call_s) >= 0
+
+
+def test_a_direction_that_was_not_measured_stays() -> None:
+    like = make_profile("h200")
+    only = [row for row in measured(TOY_16) if not row.backward]
+    fitted = fit_profile(only, like, name="mine")
+    assert fitted.backward == like.backward and fitted.forward != like.forward
+
+
+TOY_16 = dataclasses.replace(make_profile("h200"), forward=KernelProfile(efficiency=0.3))
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="needs measurements, got none"):
+        fit_profile([], TOY, name="x")
+    with pytest.raises(ValueError, match="two or more forward measurements, got 1"):
+        fit_profile(measured(TOY_16)[:1], TOY, name="x", dtype="bfloat16")
+    with pytest.raises(ValueError, match="efficiency must be positive"):
+        KernelProfile(efficiency=0)
+    with pytest.raises(ValueError, match="tiles and slots must be positive"):
+        dataclasses.replace(TOY, tile_rows=0)
+    with pytest.raises(ValueError, match="block_s is a time"):
+        dataclasses.replace(TOY, block_s=-1)
+    with pytest.raises(ValueError, match="unknown device profile 'tpu'"):
+        make_profile("tpu")
+    for bad in ("{", "{}", TOY.to_json().replace("efficiency", "speed")):
+        with pytest.raises(ValueError, match="device profile must be"):
+            DeviceProfile.from_json(bad)
