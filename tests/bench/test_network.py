@@ -209,6 +209,12 @@ def test_a_cable_is_as_slow_as_it_was_asked_to_be(kind) -> None:
 
 @pytest.mark.usefixtures("real")
 def test_both_directions_have_the_whole_rate() -> None:
+    # Half duplex would never give either direction more than half; a busy machine may, so the best of three counts.
+    assert max(_slower_direction() for _ in range(3)) > 0.6
+
+
+def _slower_direction() -> float:
+    """The share of the rate that the slower of two opposite streams had."""
     num_bytes, rate = 2_000_000, 20e6
     with lab(2, "port", rate) as made:
         one, other = made.hosts
@@ -217,8 +223,7 @@ def test_both_directions_have_the_whole_rate() -> None:
             with subprocess.Popen(client(other, one, num_bytes)):
                 there_s = send(one, other, num_bytes)
                 back_s = took_s(server, num_bytes)
-    for seconds in (there_s, back_s):
-        assert num_bytes * 8 / seconds / rate > 0.6  # half duplex would give 0.5
+    return num_bytes * 8 / max(there_s, back_s) / rate
 
 
 @pytest.mark.usefixtures("real")
