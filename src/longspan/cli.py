@@ -10,6 +10,9 @@ import contextlib
 import difflib
 import io
 import itertools
+import math
+import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +25,7 @@ import tyro
 from longspan import __version__
 
 _T = TypeVar("_T")
+_DEMO_MARK = ".longspan-demo"  # only a folder that holds it is removed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +40,7 @@ class GenerateConfig:
         top_k: sample among the k most likely tokens; 0 for all.
         top_p: sample among the fewest tokens that together have this probability.
         tokenizer: "bytes" or a tokenizer.json; by default the checkpoint's own.
+        dtype: "auto" is bf16 on CUDA and fp32 elsewhere, as in training.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
@@ -47,7 +52,7 @@ class GenerateConfig:
     seed: int = 0
     tokenizer: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,12 +61,19 @@ class DemoConfig:
 
     Args:
         out: the run's folder; one made by an earlier demo is replaced.
-        limit_s: training stops after so many seconds.
+        ranks: local ranks, at most 512: the shortest rows have a token for each.
+        limit_s: training stops after so many seconds; 0 for no limit.
     """
 
     out: Path = Path("runs/demo")
     ranks: int = 2
     limit_s: float = 115.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.ranks <= 512:
+            raise ValueError(f"the demo runs on 1 to 512 ranks, got {self.ranks}; change --ranks")
+        if not 0 <= self.limit_s < math.inf:
+            raise ValueError(f"limit_s must be 0 or more seconds, got {self.limit_s}; 0 for no limit")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,9 +116,9 @@ def _unboxed(text: str) -> str:
     return " ".join(itertools.takewhile(lambda line: line.strip("-"), message)).rstrip(".")
 
 
-def parse(kind: type[_T], argv: Sequence[str], prog: str) -> _T:
-    """The config from the command line. Raises ValueError for an unknown option, with the nearest known one, and for a
-    value that cannot be read."""
+def parse(kind: type[_T], argv: Sequence[str], prog: str, also: tuple[str, ...] = ()) -> _T:
+    """The config from the command line. Raises ValueError for an unknown option, with the nearest known one (``also``:
+    known, and not of the config), and for a value that cannot be read."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -119,7 +131,7 @@ def parse(kind: type[_T], argv: Sequence[str], prog: str) -> _T:
         raise ValueError(f"{_unboxed(said.getvalue())}; see {prog} --help") from None
     if unknown:
         name = next((item for item in unknown if item.startswith("-")), unknown[0]).split("=")[0]
-        near = difflib.get_close_matches(name, _options(kind), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name, [*also, *_options(kind)], n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"see {prog} --help"
         raise ValueError(f"unknown option {name!r} of {prog}; {hint}")
     return config
@@ -128,9 +140,12 @@ def parse(kind: type[_T], argv: Sequence[str], prog: str) -> _T:
 def _train(argv: Sequence[str]) -> int:
     from longspan.train.config import TrainConfig
     from longspan.train.launch import discover, local_ranks
+    from longspan.train.liveness import started_by_launcher
 
     ranks, rest = _take_ranks(argv)
-    config = parse(TrainConfig, rest, "longspan train")
+    if {"-h", "--help"} & set(rest):
+        print("longspan train --ranks N [options] starts N ranks on this machine; the options of each:\n")
+    config = parse(TrainConfig, rest, "longspan train", also=("--ranks",))
     launch = discover()
     if launch.how != "single":
         if ranks not in (None, launch.world_size):
@@ -143,10 +158,15 @@ def _train(argv: Sequence[str]) -> int:
         plan = Plan.read(config.plan_file) if config.plan_file is not None else config.plan
         plan.fit(ranks)  # before anything is started
         config.batch.plan()
-        return local_ranks(
-            ranks, ["train", *rest], log_dir=None, hint="checkpoints are kept: go on with --resume latest"
-        )
-    return _rank(config, "longspan train " + " ".join(argv))
+        return local_ranks(ranks, ["train", *rest], hint=lambda: _how_to_go_on(config.out))
+    # Ranks of --ranks are started without it; the command to repeat has it.
+    started = ["--ranks", str(launch.world_size)] if started_by_launcher() else []
+    return _rank(config, shlex.join(["longspan", "train", *started, *rest]))
+
+
+def _how_to_go_on(out: Path) -> str:
+    kept = list((out / "checkpoints").glob("step_*[0-9]"))
+    return "checkpoints are kept: go on with --resume latest" if kept else ""
 
 
 def _take_ranks(argv: Sequence[str]) -> tuple[int | None, list[str]]:
@@ -167,29 +187,40 @@ def _take_ranks(argv: Sequence[str]) -> tuple[int | None, list[str]]:
 
 def _rank(config: Any, command: str) -> int:
     """One rank of a training run, its errors in one line each."""
-    from longspan.train.checkpoint import CheckpointError
+    from longspan.train.data.loader import DataWorkerError
     from longspan.train.liveness import INTERRUPTED, LostRankError, fail, started_by_launcher
     from longspan.train.loop import NotFiniteError
+    from longspan.train.manifest import SaveError
     from longspan.train.session import run
 
     try:
         finished = run(config, command)
-    except (LostRankError, NotFiniteError) as error:
+    except (LostRankError, NotFiniteError, DataWorkerError, SaveError) as error:
         fail(str(error))
-    except (ValueError, CheckpointError) as error:
+    except ValueError as error:
         fail(str(error), code=2)
     except OSError as error:
-        fail(f"{error}; what was saved stays, go on with --resume latest")
+        # The launcher of --ranks adds how to go on.
+        words = "" if started_by_launcher() else _how_to_go_on(config.out)
+        fail(f"{error}; {words}" if words else str(error))
     # The launcher of --ranks knows of the Ctrl-C that it passed on; a code from its ranks would be a failure to it.
     return 0 if finished or started_by_launcher() else INTERRUPTED
 
 
 def _demo(argv: Sequence[str]) -> int:
+    from longspan.train.launch import discover
+    from longspan.train.setting import make_folder
+
     config = parse(DemoConfig, argv, "longspan demo")
+    if (launch := discover()).how != "single":
+        raise ValueError(f"the demo starts its own ranks, got {launch.how}'s; run longspan train under it")
+    mark = config.out / _DEMO_MARK
     if config.out.exists():
-        if not (config.out / "metrics.jsonl").is_file() and any(config.out.iterdir()):
-            raise ValueError(f"{config.out} is not the folder of an earlier run; choose another --out")
+        if not mark.is_file() and (not config.out.is_dir() or any(config.out.iterdir())):
+            raise ValueError(f"{config.out} is not the folder of an earlier demo; choose another --out")
         shutil.rmtree(config.out)
+    make_folder(config.out)
+    mark.write_text("made by longspan demo, which may replace this folder\n")
     return _train(
         [
             "--ranks", str(config.ranks), "--out", str(config.out), "--limit-s", str(config.limit_s),
@@ -227,7 +258,8 @@ def _generate(argv: Sequence[str]) -> int:
     cuda = config.device != "cpu" and torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
         raise ValueError("device cuda was asked for and torch sees no CUDA device; use --device cpu or auto")
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    bf16 = cuda if config.dtype == "auto" else config.dtype == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
     model = load_pretrained(folder, dtype=dtype, device="cuda" if cuda else "cpu")
     ids = tokenizer.encode(config.prompt)
     steps = generate(
@@ -260,8 +292,11 @@ def _doctor(argv: Sequence[str]) -> int:
 def _methods(argv: Sequence[str]) -> int:
     from longspan.bench.catalogue import print_methods
 
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"longspan methods: {COMMANDS['methods'][1]}. It takes no options.")
+        return 0
     if argv:
-        raise ValueError(f"longspan methods takes no options, got {argv[0]!r}")
+        raise ValueError(f"longspan methods takes no options, got {argv[0]!r}; leave it out")
     print_methods()
     return 0
 
@@ -290,7 +325,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. A ValueError becomes one line and exit code 2."""
+    """Runs one command. A ValueError becomes one line and exit code 2, what the system refused one and exit code 1."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -313,4 +348,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
+        # The reader of a pipe has left. What stays in the buffer would fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"longspan: error: {error}", file=sys.stderr)
         return 1

@@ -21,7 +21,7 @@ from torch import nn
 
 from longspan.train import checkpoint as module
 from longspan.train.checkpoint import CheckpointStore
-from longspan.train.manifest import read_manifest
+from longspan.train.manifest import SaveError, read_manifest
 from tests.ranks import run_ranks
 from tests.train.stores import Flat, assert_same, flatten, saved, train
 from tests.train.toy import build
@@ -167,7 +167,7 @@ def test_a_defect_is_not_taken_for_a_full_disk(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(module.Writer, "write_data", broken)
         store.save_async(1, nn.Linear(2, 2), None, {})
-        with pytest.raises(RuntimeError, match="a defect"):
+        with pytest.raises(SaveError, match="a defect"):
             store.wait()
     assert store.list() == []
 
@@ -189,7 +189,7 @@ def lose_a_peer(rank: int, world: int, directory: str) -> str:
     store.save_async(1, model, optimizer, {})  # its writer waits for the rank that goes away
     try:
         store.wait()
-    except RuntimeError as error:
+    except SaveError as error:
         Path(directory, "said").write_text(str(error))
     return "done"
 

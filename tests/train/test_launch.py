@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -61,6 +62,9 @@ def test_discover() -> None:
     least = {name: SLURM[name] for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_NODELIST")}
     assert discover(least).local_world_size == 2
     assert discover(SLURM | {"SLURM_STEP_NODELIST": "gpu[09-10]"}).master_addr == "gpu09"
+    # A batch script has these as well, and no task beside it; ranks of its own are for it to start.
+    for batch in (SLURM | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, {"SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}):
+        assert discover(batch) == discover({})
     given_address = discover(SLURM | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"})
     assert (given_address.master_addr, given_address.master_port) == ("10.0.0.1", 4000)
 
@@ -209,6 +213,63 @@ def one_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     assert len(lines) == 1, text
     return lines[0]
+
+
+LEAVING = """
+import os, signal, sys, time
+from pathlib import Path
+rank, how = os.environ["RANK"], sys.argv[2]
+asked = []
+signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+(Path(sys.argv[1]) / f"up_{rank}").write_text("")
+while not asked:
+    time.sleep(0.01)
+if how == "killed" and rank == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+if how == "interrupt":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
+if how == "message" and rank == "1":
+    print("longspan: error: the checkpoint could not be saved", file=sys.stderr)
+    sys.exit(1)
+sys.exit({"130": 130, "message": 0 if rank == "0" else 1}.get(how, 0))
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "words"),
+    [
+        ("message", 1, "rank 1 ended with exit code 1: the checkpoint could not be saved "),
+        ("killed", 137, "rank 1 was killed by signal 9 (SIGKILL)"),
+        ("130", 130, ""),
+        ("interrupt", 130, ""),
+        ("well", 130, ""),
+    ],
+)
+def test_a_failure_after_an_interrupt_is_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, how: str, code: int, words: str
+) -> None:
+    script = tmp_path / "leaving.py"
+    script.write_text(LEAVING)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+    def interrupt() -> None:
+        deadline_s = time.monotonic() + LIMIT_S
+        while len(list(tmp_path.glob("up_*"))) < 2 and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        assert local_ranks(2, [str(tmp_path), how], command=(str(script),), hint=lambda: "go on") == code
+    finally:
+        thread.join()
+    err = capfd.readouterr().err
+    if words:
+        assert one_line(err).startswith(f"longspan: error: {words}") and one_line(err).endswith("; go on")
+    else:
+        assert err == ""
 
 
 def test_a_killed_rank_is_named_and_the_job_resumes(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ def test_resume_is_single_valued_and_loses_nothing(tmp_path: Path) -> None:
         for step in range(1, 6):
             put(writer, step, float(step))
     with MetricsWriter(path, resume_step=3, clock=iter([50.0, 51.0]).__next__) as writer:
-        assert writer.last_step == 3
+        with pytest.raises(ValueError, match="steps must increase, got step 3 after 3"):
+            put(writer, 3, 9.0)
         put(writer, 4, 40.0)
     records = read_metrics(path)
     assert [(r["step"], r["loss"]) for r in records] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]

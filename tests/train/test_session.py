@@ -17,7 +17,10 @@ from safetensors.torch import load_file, save_file
 from longspan.model import load_pretrained
 from longspan.plan.plan import Plan
 from longspan.train.config import TrainConfig
+from longspan.train.session import _agreed
 from tests.longspan_cli import LIMIT_S, Result, forked, longspan, losses, records, train
+from tests.ranks import run_ranks
+from tests.train.runs import given_model
 
 EVAL = ("--eval.tokens", "256", "--eval.contexts", "16", "64")
 SAVING = ("--save-every", "3")
@@ -110,10 +113,10 @@ def test_init_continues_from_a_hugging_face_checkpoint(tmp_path: Path) -> None:
     model.save_pretrained(given)
     words.save(str(given / "tokenizer.json"))
     options = ("--init", str(given), "--tokenizer", str(given / "tokenizer.json"))
-    forked(*train(out, *options, "--prompt", "the ring", *SAVING)).good()
+    forked(*given_model(out, *options, "--prompt", "the ring", *SAVING)).good()
     # The first loss is that of the given weights, so they were loaded and not made anew.
     assert abs(losses(out)[1] - math.log(320)) < 0.2
-    forked(*train(tmp_path / "two", *options, *SAVING), world=2).good()
+    forked(*given_model(tmp_path / "two", *options, *SAVING), world=2).good()
     assert close(losses(tmp_path / "two"), losses(out))
     after = transformers.AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
     assert isinstance(after, transformers.LlamaForCausalLM)
@@ -124,7 +127,7 @@ def test_init_continues_from_a_hugging_face_checkpoint(tmp_path: Path) -> None:
     assert said.good().out.startswith("the ring")
     words.add_tokens([f"<extra_{number}>" for number in range(60)])
     words.save(str(given / "large.json"))
-    few = forked(*train(tmp_path / "few", *options[:2], "--tokenizer", str(given / "large.json")))
+    few = forked(*given_model(tmp_path / "few", *options[:2], "--tokenizer", str(given / "large.json")))
     assert "has 320 tokens, but tokenizer" in few.refusal()
 
 
@@ -147,6 +150,7 @@ def test_torchrun_and_the_launcher_start_the_ranks(tmp_path: Path, whole: dict[i
     Result(done.returncode, done.stdout, done.stderr).good()
     assert losses(tmp_path / "torchrun") == losses(whole[2])
     ranks = longspan(*train(tmp_path / "ranks", "--ranks", "2", *SAVING, "--plan.shard", "zero3")).good()
+    assert "longspan train --ranks 2 --out " in (tmp_path / "ranks" / "report.html").read_text()
     assert losses(tmp_path / "ranks") == losses(whole[2])
     assert ranks.out.count("trained 6 steps") == 1
 
@@ -188,11 +192,21 @@ def test_a_finished_run_resumes_to_its_end(tmp_path: Path, whole: dict[int, Path
     assert losses(tmp_path / "run") == before
 
 
-def test_a_time_limit_ends_a_run_in_good_order(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    said = forked(*train(out, "--batch.steps", "100000", "--limit-s", "0.5", *EVAL)).good().out
-    assert "held-out bits per byte" in said and records(out, "event")[-1]["message"].endswith("(time limit)")
-    assert (out / "checkpoints" / f"step_{max(losses(out)):06d}").is_dir()
+def test_a_checkpoint_beyond_the_run_is_refused(tmp_path: Path, whole: dict[int, Path]) -> None:
+    shutil.copytree(whole[1], tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    line = forked(*train(tmp_path / "run", "--resume", "latest", "--batch.steps", "5")).refusal()
+    assert "the checkpoint has 6 steps done, got a run of 5; raise --batch.steps" in line
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def agree(rank: int, world: int) -> list[object]:
+    return [_agreed(step == 1 and rank == 1, step == 2 and rank == 0, float(rank), 10 - rank) for step in range(3)]
+
+
+def test_ranks_agree_on_leaving_clock_and_memory() -> None:
+    wanted = [(False, False, 2.0, 10), (True, False, 2.0, 10), (False, True, 2.0, 10)]
+    assert run_ranks(agree, 3) == [wanted] * 3
 
 
 # ---------------------------------------------------------------- damage
@@ -244,6 +258,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> No
     assert line.startswith("the loss of step 2 is ") and "stopped before the optimiser step" in line
     assert "the largest gradient is in embed.weight (nan)" in line
     assert list(losses(out)) == [1] and [p.name for p in (out / "checkpoints").iterdir()] == ["step_000001"]
+    # Nothing else had saved it.
+    forked(*train(tmp_path / "unsaved", *options[:4]), world=2).refusal(1)
+    assert [p.name for p in (tmp_path / "unsaved" / "checkpoints").iterdir()] == ["step_000001"]
+    assert forked(*train(tmp_path / "unsaved", *options[:4], "--resume", "latest"), world=2).refusal(1) == line
     # The checkpoint that stays is whole: the same step fails again, from it.
     assert forked(*train(out, *options, "--resume", "latest"), world=2).refusal(1) == line
 
@@ -256,6 +274,6 @@ def test_a_poisoned_parameter_is_named(tmp_path: Path, whole: dict[int, Path], v
     name = next(name for name in tensors if name.endswith("down_proj.weight"))
     tensors[name][3, 5] = value
     save_file(tensors, given / "model.safetensors", metadata={"format": "pt"})
-    line = forked(*train(tmp_path / "run", "--init", str(given))).refusal(1)
+    line = forked(*given_model(tmp_path / "run", "--init", str(given))).refusal(1)
     assert line.startswith("the loss of step 1 is nan") and "the largest gradient is in " in line
     assert not losses(tmp_path / "run") and not list((tmp_path / "run" / "checkpoints").iterdir())

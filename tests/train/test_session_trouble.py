@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.longspan_cli import Job, forked, job, losses, records, train
@@ -49,6 +50,29 @@ def test_a_killed_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
     assert line.startswith("rank 1 was killed by signal 9 (SIGKILL)")
     assert line.endswith("checkpoints are kept: go on with --resume latest")
     resumes(running, 2, world=1)
+
+
+def test_a_rank_killed_before_the_first_save_leaves_nothing_to_go_on_with(tmp_path: Path) -> None:
+    with job(tmp_path / "run", *train(tmp_path / "run", *LONG)) as running:
+        running.wait_for(2)
+        os.kill(running.rank(1), signal.SIGKILL)
+        line = running.end(within_s=30).refusal(128 + signal.SIGKILL)
+    assert "--resume" not in line and "checkpoints" not in line
+
+
+def test_a_data_worker_that_dies_costs_no_step(tmp_path: Path) -> None:
+    with job(tmp_path / "run", *train(tmp_path / "run", *LONG)) as running:
+        running.wait_for(3)
+        parent = psutil.Process(running.rank(1))
+        # The forkserver is rank 1's child, and the worker the forkserver's.
+        (worker,) = (child for child in parent.children(recursive=True) if child.ppid() != parent.pid)
+        worker.kill()
+        line = running.end(within_s=60).refusal(1)
+    last = max(losses(tmp_path / "run"))
+    said = "rank 1: the data worker died (killed by SIGKILL): resume from the last checkpoint"
+    assert line == f"{said} (checkpoint step_{last:06d} saved); checkpoints are kept: go on with --resume latest"
+    assert records(tmp_path / "run", "event")[-1]["message"] == "a data worker died"
+    resumes(running, 2)
 
 
 @pytest.mark.slow

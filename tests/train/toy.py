@@ -72,12 +72,12 @@ def run(args: argparse.Namespace) -> None:
             if step == args.hang_at and launch.rank == 1:
                 time.sleep(600)
             loss = train_step(model, optimizer, step)
-            total = torch.tensor([loss])
+            total = torch.tensor([loss, float(interrupt.requested)])
             dist.all_reduce(total)
             if launch.rank == 0:
                 with (directory / "losses").open("a") as file:
-                    print(step, repr(total.item()), file=file)
-            leave = interrupt.agreed()
+                    print(step, repr(total[0].item()), file=file)
+            leave = bool(total[1])
             if leave or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 store.save_async(step, model, optimizer, {"step": step})
             if leave:
@@ -113,7 +113,9 @@ def main() -> int:
     if args.ranks:
         at = sys.argv.index("--ranks")
         argv = sys.argv[1:at] + sys.argv[at + 2 :]
-        return local_ranks(args.ranks, argv, command=("-m", "tests.train.toy"), hint="continue with --resume latest")
+        return local_ranks(
+            args.ranks, argv, command=("-m", "tests.train.toy"), hint=lambda: "continue with --resume latest"
+        )
     try:
         run(args)
     except LostRankError as error:

@@ -46,6 +46,7 @@ from torch.optim import Optimizer
 from longspan.train.manifest import (
     FORMAT,
     CheckpointError,
+    SaveError,
     digest_file,
     fsync_directory,
     read_manifest,
@@ -163,7 +164,7 @@ class CheckpointStore:
 
         Raises:
             ValueError: `meta` is not JSON, `step` is negative, or the store is read-only.
-            RuntimeError: the previous save failed for another reason than the disk.
+            SaveError: the previous save failed for another reason than the disk.
         """
         if self.read_only:
             raise ValueError(f"{self.directory} was opened read_only=True, and save_async writes; open it without")
@@ -192,13 +193,13 @@ class CheckpointStore:
         """Waits for the save under way. Returns whether the last one landed (True if there was none).
 
         Raises:
-            RuntimeError: it failed for another reason than the disk.
+            SaveError: it failed for another reason than the disk.
         """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
             if self._failure is not None and not self._failure.expected:
-                raise RuntimeError(f"the checkpoint could not be saved: {self._failure.reason}")
+                raise SaveError(f"the checkpoint could not be saved: {self._failure.reason}")
         return self._failure is None
 
     def _save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
@@ -324,7 +325,7 @@ class CheckpointStore:
     def _resolve(self, step: int | None) -> int:
         steps = self.list()
         if not steps:
-            raise CheckpointError(f"there is no checkpoint in {self.directory}; start without --resume")
+            raise CheckpointError(f"there is no checkpoint in {self.directory}; start without --resume in a new --out")
         if step is None:
             return steps[-1]
         if step not in steps:
@@ -346,7 +347,7 @@ class CheckpointStore:
             except CheckpointError:
                 continue
             return f"resume with --resume {step_name(other)}"
-        return "no other checkpoint is intact: start again without --resume"
+        return "no other checkpoint is intact: start again without --resume in a new --out"
 
     def _prepare(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,13 @@ class ModelConfig:
     rope_theta: float = 10000.0
     config: Path | None = None
 
+    def __post_init__(self) -> None:
+        if self.config is not None and dataclasses.replace(self, config=None) != ModelConfig():
+            raise ValueError(
+                f"a model is given by a file or by single options, got --model.config {self.config} and other --model "
+                "options; change the file, or leave one of the two out"
+            )
+
     def decoder(self, vocab_size: int, max_length: int) -> DecoderConfig:
         """The full config. Raises ValueError where the fields do not fit each other."""
         if self.config is not None:
@@ -95,6 +102,13 @@ class BatchConfig:
     packing: Packing = "stream"
     micro_rows: int = 0
 
+    def __post_init__(self) -> None:
+        if min(self.steps, self.tokens, self.length) < 1:
+            raise ValueError(
+                f"steps, tokens and length of a batch must be at least 1, got {self.steps}, {self.tokens} and "
+                f"{self.length}; raise the one below"
+            )
+
     def plan(self) -> BatchPlan:
         """The shapes of all steps. Raises ValueError where they do not fit."""
         return warmup_plan(
@@ -133,7 +147,10 @@ class OptimConfig:
         if self.lr <= 0 or self.eps <= 0 or self.weight_decay < 0 or self.clip < 0 or self.warmup < 0:
             raise ValueError(f"lr and eps must be positive, weight_decay, clip and warmup 0 or more, got {self}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and 0 < self.decay <= 1 and 0 <= self.final <= 1):
-            raise ValueError(f"beta1, beta2, final must lie in [0, 1) and decay in (0, 1], got {self}")
+            raise ValueError(
+                f"beta1 and beta2 must lie in [0, 1), decay in (0, 1] and final in [0, 1], got {self.beta1}, "
+                f"{self.beta2}, {self.decay} and {self.final}; change the one outside"
+            )
 
     def rate(self, step: int, num_steps: int) -> float:
         """Learning rate of a step (from 0)."""
@@ -210,6 +227,21 @@ class TrainConfig:
         if self.save_every < 0 or self.limit_s < 0 or self.seed < 0:
             raise ValueError(
                 f"save_every, limit_s and seed must be 0 or more, got {self.save_every}, {self.limit_s} and {self.seed}"
+            )
+        if self.plan_file is not None and self.plan != Plan():
+            raise ValueError(
+                f"a plan is given by a file or by single options, got --plan-file {self.plan_file} and --plan options; "
+                "change the file, or leave one of the two out"
+            )
+        if self.init is not None and self.model != ModelConfig():
+            raise ValueError(
+                f"the model is that of the checkpoint, got --init {self.init} and --model options; leave one of the "
+                "two out"
+            )
+        if self.eval.every and not (self.data.held_out and self.eval.tokens):
+            raise ValueError(
+                f"evaluation during training needs held-out text and tokens to score, got every {self.eval.every} with "
+                f"held_out {self.data.held_out:g} and {self.eval.tokens} tokens; leave out --eval.every or raise them"
             )
         if self.keep < 1:
             raise ValueError(f"keep must be at least 1, got {self.keep}: the last checkpoint always stays")

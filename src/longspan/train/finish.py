@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import platform
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -19,16 +21,18 @@ from longspan.context.geometry import Geometry
 from longspan.context.schedule import Sizes
 from longspan.context.timeline import timeline
 from longspan.hardware.devices import devices
+from longspan.model.config import LearnedPositionsConfig
 from longspan.model.generate import generate
 from longspan.model.huggingface import load_pretrained, save_pretrained
 from longspan.train.data.evaluation import Bigram, corpus_bytes, scored_bytes, zlib_bits_per_byte
 from longspan.train.data.tokenizers import save_tokenizer
 from longspan.train.metrics import read_metrics
+from longspan.train.progress import say
 from longspan.train.report import ReportData, write_report
 
 if TYPE_CHECKING:
     from longspan.train.loop import Trainer
-    from longspan.train.session import Setting
+    from longspan.train.setting import Setting
 
 _SAMPLE_TOKENS = 240
 _TIMELINE_WORLD = 16  # more ranks than this are not drawn
@@ -52,20 +56,27 @@ def finish(setting: Setting, trainer: Trainer, outcome: Outcome) -> Path | None:
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
-    try:
-        save_pretrained(trainer.model, folder)
-    except OSError as error:
-        raise OSError(f"the trained model could not be written to {folder}: {error}") from None
+    if not setting.not_exported:
+        try:
+            save_pretrained(trainer.model, folder)
+        except OSError as error:
+            raise OSError(f"the trained model could not be written to {folder}: {error}") from None
     if rank != 0:
         return None
-    save_tokenizer(setting.tokenizer, folder)
-    completion = sample(setting, folder, trainer.device)
+    completion, notes = "", list(setting.notes)
+    if not setting.not_exported:
+        save_tokenizer(setting.tokenizer, folder)
+        try:
+            completion = sample(setting, folder, trainer.device)
+        except ValueError as error:  # the prompt or the model do not suit; the run has its result all the same
+            notes.append(f"no completion was sampled: {error}")
+    if outcome.stop_reason:
+        notes.append(f"stopped early: {outcome.stop_reason}")
     headline = baselines(setting, outcome.headline)
-    report = write_report(out / "report.html", _report(setting, trainer, outcome, headline, completion))
-    for line in summary(headline, outcome, completion, setting.config.prompt):
-        print(line)
-    print(f"model   {folder}")
-    print(f"report  {report}")
+    report = write_report(out / "report.html", _report(setting, trainer, outcome, headline, completion, notes))
+    lines = summary(headline, outcome, completion, setting.config.prompt if completion else "")
+    lines.append(f"model   not exported: {setting.not_exported}" if setting.not_exported else f"model   {folder}")
+    say("\n".join([*lines, f"report  {report}"]), sys.stdout)
     return report
 
 
@@ -83,13 +94,16 @@ def sample(setting: Setting, folder: Path, device: torch.device) -> str:
     """A completion of the configured prompt by the exported model, read back from disk."""
     if not setting.config.prompt:
         return ""
-    model = load_pretrained(folder, device=device)
+    # As `longspan generate` reads it: in the precision in which training computes on the device.
+    model = load_pretrained(folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, device=device)
     prompt = torch.from_numpy(setting.tokenizer.encode(setting.config.prompt))[None]
     stop = {setting.tokenizer.separator_id}
+    positions = setting.decoder.positions
+    room = positions.max_positions + 1 - prompt.shape[1] if isinstance(positions, LearnedPositionsConfig) else math.inf
     steps = generate(
         model,
         prompt,
-        max_new_tokens=_SAMPLE_TOKENS,
+        max_new_tokens=int(min(_SAMPLE_TOKENS, room)),
         temperature=0.8,
         top_p=0.95,
         seed=setting.config.seed,
@@ -121,7 +135,12 @@ def summary(headline: list[dict[str, Any]], outcome: Outcome, completion: str, p
 
 
 def _report(
-    setting: Setting, trainer: Trainer, outcome: Outcome, headline: list[dict[str, Any]], completion: str
+    setting: Setting,
+    trainer: Trainer,
+    outcome: Outcome,
+    headline: list[dict[str, Any]],
+    completion: str,
+    notes: list[str],
 ) -> ReportData:
     config, plan = setting.config, setting.plan
     records = read_metrics(config.out / "metrics.jsonl")
@@ -150,7 +169,6 @@ def _report(
         for segments in layout.ranks
     ]
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    notes = [f"stopped early: {outcome.stop_reason}"] if outcome.stop_reason else []
     return ReportData(
         title=f"longspan: {config.out.name}",
         summary=(
@@ -168,13 +186,13 @@ def _report(
         timeline=rows,
         time_unit="rounds of the busiest block",
         schedule=f"{method}, forward",
-        prompt=config.prompt,
+        prompt=config.prompt if completion else "",
         completion=completion,
         config={"train": config.to_dict(), "model": setting.decoder.to_dict()},
         plan=plan.to_dict(),
         hardware={device.name: device.kind for device in devices()},
         versions={"longspan": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        command=setting.command or " ".join(sys.argv),
+        command=setting.command or shlex.join(sys.argv),
         metrics_file=str(config.out / "metrics.jsonl"),
         notes=notes,
     )

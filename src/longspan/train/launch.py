@@ -18,13 +18,13 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
@@ -35,6 +35,8 @@ from torch.distributed.rendezvous import rendezvous
 from longspan.train.liveness import INTERRUPTED, LAUNCHER_PID, LostRankError
 from longspan.train.slurm import parse_counts, parse_nodelist, slurm_port
 
+# How ranks end that were asked to leave, by a Ctrl-C passed on or by the launcher.
+_ASKED_TO = (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM)
 _SHUTDOWN_S = 15  # torch waits 30 s by default for ranks that were told to end
 
 
@@ -61,7 +63,7 @@ class Launch:
 
 
 def discover(env: Mapping[str, str] = os.environ) -> Launch:
-    """Reads torchrun's variables if they are there, else Slurm's, else it is a single process.
+    """Reads torchrun's variables if they are there, else Slurm's of several tasks, else it is a single process.
 
     Raises:
         ValueError: names the variable that is missing or not a number.
@@ -76,8 +78,8 @@ def discover(env: Mapping[str, str] = os.environ) -> Launch:
             master_addr=_text(env, "MASTER_ADDR"),
             master_port=_number(env, "MASTER_PORT"),
         )
-    if "SLURM_PROCID" in env:
-        world_size = _number(env, "SLURM_NTASKS")
+    # A batch script has SLURM_PROCID too. One task is alone: no others to meet, and it may start ranks of its own.
+    if "SLURM_PROCID" in env and (world_size := _number(env, "SLURM_NTASKS", 1)) > 1:
         hosts = parse_nodelist(env.get("SLURM_STEP_NODELIST") or _text(env, "SLURM_JOB_NODELIST"))
         local_rank = _number(env, "SLURM_LOCALID")
         counts = parse_counts(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "")
@@ -195,18 +197,18 @@ def local_ranks(
     *,
     command: Sequence[str] = ("-m", "longspan"),
     log_dir: str | Path | None = None,
-    hint: str = "",
+    hint: Callable[[], str] = lambda: "",
 ) -> int:
     """Runs `python COMMAND ARGV` on `num_ranks` ranks of this machine and returns the exit code of the whole.
 
     Rank 0 keeps this process's terminal; the others' output goes to files. When one rank fails all are ended, and one
     line on standard error says which one and why. Ctrl-C and SIGTERM are passed on as SIGINT, so that the ranks save
-    and leave (see `InterruptFlag`), and the exit code is 130.
+    and leave (see `InterruptFlag`), and the exit code is 130, unless a rank failed for a reason of its own.
 
     Args:
         argv: of the command, such as `["train", "--steps", "100"]`.
         log_dir: for the other ranks' output; None: a temporary directory, kept only when a rank fails.
-        hint: added to the line about a lost rank, such as how to resume.
+        hint: its words are added to the line about a lost rank, such as how to resume.
 
     Raises:
         ValueError: fewer than one rank.
@@ -242,14 +244,14 @@ def local_ranks(
         try:
             elastic_launch(config, sys.executable)("-u", *arguments)
         except ChildFailedError as error:
-            if interrupts:
+            failures = {rank: failure for rank, failure in error.failures.items() if failure.exitcode not in _ASKED_TO}
+            if interrupts and not failures:
                 return INTERRUPTED
             keep_logs = True
-            code, line = _explain(error, logs)
-            if line:
-                # Exit code 2 is the user's error: to resume would only meet it again.
-                what_next = f"; {hint}" if hint and code != 2 else ""
-                print(f"longspan: error: {line}{what_next}", file=sys.stderr, flush=True)
+            code, line = _explain(failures if interrupts else error.failures, logs)
+            # Exit code 2 is the user's error: to resume would only meet it again.
+            what_next = f"; {words}" if code != 2 and (words := hint()) else ""
+            print(f"longspan: error: {line}{what_next}", file=sys.stderr, flush=True)
             return code
         except (KeyboardInterrupt, SignalException):
             return INTERRUPTED
@@ -259,9 +261,9 @@ def local_ranks(
     return INTERRUPTED if interrupts else 0
 
 
-def _explain(error: object, logs: Path) -> tuple[int, str]:
+def _explain(failures: Mapping[int, Any], logs: Path) -> tuple[int, str]:
     """Exit code and words for the rank that failed first: those after it were ended because of it."""
-    rank, failure = next(iter(error.failures.items()))  # pyright: ignore[reportAttributeAccessIssue]
+    rank, failure = next(iter(failures.items()))
     found = sorted(logs.glob(f"longspan-{os.getpid()}_*/attempt_0/{rank}/stderr.log"))
     where = f" (its output: {found[-1]})" if found else ""
     if failure.exitcode < 0:

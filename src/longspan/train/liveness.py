@@ -20,12 +20,12 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 import psutil
-import torch
 import torch.distributed as dist
 
 LAUNCHER_PID = "LONGSPAN_LAUNCHER_PID"  # set by launch.local_ranks for the ranks that it starts
@@ -66,8 +66,9 @@ def fail(message: str, code: int = 1) -> NoReturn:
 class Heartbeat:
     """The record of this rank, and the eyes on the others.
 
-    Used as a context manager around the training loop, with `beat(step)` at each step. A failed collective inside
-    leaves it as a `LostRankError` that names the rank to blame.
+    Used as a context manager around the training loop, with `beat(step)` at each step and `watched()` around what takes
+    collectives of the accelerator. A failed collective inside leaves it as a `LostRankError` that names the rank to
+    blame.
 
     Args:
         directory: seen by all ranks, such as `run/heartbeats`.
@@ -75,8 +76,8 @@ class Heartbeat:
         timeout_s: if the next rank does not renew its record for so long, it is named and this process ends, whatever
             the loop is waiting for (a save may wait for another rank without a time-out of its own). Each rank watches
             one other, so that the cost does not grow with their number. None: only failed collectives are looked into.
-        watchdog_s: if this rank's own loop does not beat for so long, diagnose and end the process. For NCCL, whose
-            time-outs kill the process without raising; None with gloo, which raises.
+        watchdog_s: if a `watched()` part takes so long, diagnose and end the process. For NCCL, whose time-outs kill
+            the process without raising; None with gloo, which raises.
 
     Raises:
         ValueError: `interval_s` not above 0, or one of the limits not above it.
@@ -102,6 +103,7 @@ class Heartbeat:
         self.interval_s, self.timeout_s, self.watchdog_s = interval_s, timeout_s, watchdog_s
         self._step, self._state, self._message = 0, "running", ""
         self._beaten_s = self._started_s = time.time()
+        self._watched_since_s: float | None = None
         self._has_launcher = started_by_launcher()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew_always, name="longspan-heartbeat", daemon=True)
@@ -131,6 +133,15 @@ class Heartbeat:
     def beat(self, step: int) -> None:
         """Marks that this rank begins `step`; costs no I/O."""
         self._step, self._beaten_s = step, time.time()
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Arms the watchdog inside: around a step, not around a checkpoint or an export, which may take long."""
+        self._watched_since_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._watched_since_s = None
 
     def diagnose(self) -> str | None:
         """Which rank keeps the others waiting, in words; None if none can be told. Takes about three intervals."""
@@ -191,7 +202,8 @@ class Heartbeat:
             # Only of a rank that was heard in this run: before, it may be loading, or the record may be an old one.
             elif num_seen and record and now_s - since_s > (self.timeout_s or math.inf) and _may_be_lost(record):
                 fail(_say_silent(next_rank, record, now_s - since_s))
-            if self.watchdog_s is not None and time.time() - self._beaten_s > self.watchdog_s:
+            since = self._watched_since_s
+            if since is not None and time.monotonic() - since > (self.watchdog_s or math.inf):
                 fail(self.diagnose() or f"no step was finished for {self.watchdog_s:g} s at step {self._step}")
 
     def _read(self, rank: int) -> dict[str, Any]:
@@ -247,15 +259,6 @@ class InterruptFlag:
     def requested(self) -> bool:
         """Whether this rank was asked to leave."""
         return self._first_s is not None
-
-    def agreed(self, group: dist.ProcessGroup | None = None) -> bool:
-        """Whether any rank was asked to leave: the same answer on all ranks, at the price of one tiny all-reduce on the
-        host (the group needs gloo for CPU tensors). Call it at the same place of the loop on every rank."""
-        if not dist.is_initialized():
-            return self.requested
-        flag = torch.tensor([int(self.requested)])
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
-        return bool(flag.item())
 
     def _listen(self) -> None:
         while data := self._reader.recv(64):

@@ -188,7 +188,7 @@ def largest_gradient(model: DecoderLM) -> str:
     values = torch.where(unknown, torch.tensor(float("inf"), dtype=torch.float64), values)
     both = torch.stack([values, unknown.double()])
     dist.all_reduce(both, dist.ReduceOp.MAX)
-    worst = int((both[0] + both[1]).argmax())
+    worst = int((both[1] if both[1].any() else both[0]).argmax())  # not by size alone: an inf is as large as a NaN
     size = "nan" if both[1, worst] else f"{float(both[0, worst]):g}"
     return f"{names[worst]} ({size})"
 

@@ -24,6 +24,10 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or of another model."""
 
 
+class SaveError(RuntimeError):
+    """A checkpoint that could not be written for another reason than the disk."""
+
+
 def step_name(step: int) -> str:
     return f"step_{step:06d}"
 

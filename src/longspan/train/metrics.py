@@ -64,11 +64,6 @@ class MetricsWriter:
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - held for the whole run; unbuffered: a line is on the file when write returns
         self._end = self._file.seek(0, os.SEEK_END)
 
-    @property
-    def last_step(self) -> int:
-        """The step of the last "step" record, -1 where there is none."""
-        return self._last_step
-
     def step(
         self,
         step: int,

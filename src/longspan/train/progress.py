@@ -10,7 +10,6 @@ import math
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
@@ -22,7 +21,6 @@ from rich.text import Text
 
 from longspan.train.units import bytes_text, count, duration
 
-_RECENT_STEPS = 20  # time left follows the pace of this many steps: the length warm-up changes the pace
 _LEAST_BAR = 12  # columns kept for the bar and the gaps
 
 
@@ -66,7 +64,6 @@ class TrainProgress:
             clock,
         )
         self._stream = sys.stdout if stream is None else stream
-        self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT_STEPS + 1)
         self._printed_at = -math.inf
         self._pending: str | None = None
         self._bar: Progress | None = None
@@ -78,7 +75,6 @@ class TrainProgress:
         return self._bar is not None
 
     def __enter__(self) -> TrainProgress:
-        self._recent.append((self._step, self._clock()))
         if self._enabled and self._stream.isatty() and os.environ.get("TERM") != "dumb":
             console = Console(file=self._stream, force_terminal=True, highlight=False)
             columns = (
@@ -99,7 +95,7 @@ class TrainProgress:
         tokens_per_s: float,
         memory_bytes: float,
         sequence_length: int,
-        time_left_s: float | None = None,
+        time_left_s: float,
     ) -> None:
         """Shows the state after ``step``.
 
@@ -109,20 +105,16 @@ class TrainProgress:
             tokens_per_s: of all ranks together.
             memory_bytes: peak of the fullest rank.
             sequence_length: tokens of the global sequence.
-            time_left_s: replaces the estimate from the last steps' pace, for a run that stops at a time budget or knows
-                that longer sequences come later.
+            time_left_s: until the end of the run, as far as it can be told.
         """
         if not self._enabled:
             return
-        self._step = step
-        self._recent.append((step, self._clock()))
-        left = self._time_left_s() if time_left_s is None else time_left_s
         parts = {
             "loss": f"loss {loss:.3f}",
             "speed": f"{count(tokens_per_s)} tok/s",
             "memory": bytes_text(memory_bytes),
             "length": f"seq {sequence_length:,}",
-            "left": f"{duration(left)} left",
+            "left": f"{duration(time_left_s)} left",
         }
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, status=parts)
@@ -154,17 +146,21 @@ class TrainProgress:
             self._print(self._pending)
             self._pending = None
 
-    def _time_left_s(self) -> float:
-        (first, began), (last, now) = self._recent[0], self._recent[-1]
-        if last <= first:
-            return math.inf
-        return (self._total - last) * (now - began) / (last - first)
-
     def _print(self, line: str) -> None:
-        try:
-            print(line, file=self._stream, flush=True)
-        except BrokenPipeError:
-            self._enabled = False  # `longspan train | head`: the reader has left, the training has not
+        # `longspan train | head`: the reader has left, the training has not.
+        self._enabled = say(line, self._stream)
+
+
+def say(text: str, stream: TextIO) -> bool:
+    """Prints a line at once. False where the reader of a pipe has left; what is printed later then goes nowhere."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        # What stays in the buffer would fail again when the interpreter ends.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+        return False
+    return True
 
 
 class _Status(ProgressColumn):

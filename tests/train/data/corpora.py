@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
+from longspan.train.data.batches import BatchPlan, Packing, Stage
 from longspan.train.data.corpus import Corpus
 from longspan.train.data.token_arrays import write_token_array
 
@@ -37,3 +38,10 @@ def corpus_of(lengths: Sequence[int]) -> Iterator[Corpus]:
 
 document_lengths = st.lists(st.integers(1, 17), min_size=1, max_size=11)
 seeds = st.integers(0, 2**63 - 1)
+
+
+def constant_plan(
+    *, steps: int, rows: int, length: int, packing: Packing = "stream", micro_rows: int | None = None
+) -> BatchPlan:
+    """Every step the same."""
+    return BatchPlan(stages=(Stage(steps=steps, rows=rows, length=length),), packing=packing, micro_rows=micro_rows)

@@ -13,14 +13,13 @@ from longspan.train.data.batches import (
     Batch,
     BatchPlan,
     Stage,
-    constant_plan,
     document_positions,
     draw,
     plan_batches,
     warmup_plan,
 )
 from longspan.train.data.stream import TokenStream
-from tests.train.data.corpora import SEPARATOR, corpus_of, document_lengths, seeds, write_corpus
+from tests.train.data.corpora import SEPARATOR, constant_plan, corpus_of, document_lengths, seeds, write_corpus
 
 packings = st.sampled_from(["stream", "documents"])
 

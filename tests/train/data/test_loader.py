@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import tests.ranks  # noqa: F401 (preloads torch into the server that processes are forked from)
-from longspan.train.data.batches import Batch, BatchPlan, Stage, constant_plan, plan_batches
-from longspan.train.data.loader import BatchLoader
+from longspan.train.data.batches import Batch, BatchPlan, Stage, plan_batches
+from longspan.train.data.loader import BatchLoader, DataWorkerError
 from longspan.train.data.stream import TokenStream
-from tests.train.data.corpora import write_corpus
+from tests.train.data.corpora import constant_plan, write_corpus
 
 PLAN = BatchPlan(
     stages=(Stage(steps=3, rows=4, length=5), Stage(steps=2, rows=2, length=11)), packing="documents", micro_rows=1
@@ -118,7 +118,7 @@ def test_a_killed_worker_is_an_error(stream: TokenStream) -> None:
     plan = constant_plan(steps=3, rows=1, length=3)
     with (
         BatchLoader(stream, plan, prepare=die_second_step) as loader,
-        pytest.raises(RuntimeError, match=r"the data worker died \(killed by SIGKILL\)"),
+        pytest.raises(DataWorkerError, match=r"the data worker died \(killed by SIGKILL\)"),
     ):
         # The first batch may have been sent or not.
         while True:
@@ -150,10 +150,9 @@ TRAINING = """
 import signal
 import sys
 from pathlib import Path
-from longspan.train.data.batches import constant_plan
 from longspan.train.data.loader import BatchLoader
 from longspan.train.data.stream import TokenStream
-from tests.train.data.corpora import write_corpus
+from tests.train.data.corpora import constant_plan, write_corpus
 from tests.train.data.test_loader import where_and_what
 
 if __name__ == "__main__":

@@ -214,13 +214,6 @@ class BatchPlan:
             self.num_micro(stage.rows, data_size)
 
 
-def constant_plan(
-    *, steps: int, rows: int, length: int, packing: Packing = "stream", micro_rows: int | None = None
-) -> BatchPlan:
-    """Every step the same."""
-    return BatchPlan(stages=(Stage(steps=steps, rows=rows, length=length),), packing=packing, micro_rows=micro_rows)
-
-
 def warmup_plan(
     *,
     steps: int,

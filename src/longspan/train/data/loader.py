@@ -33,6 +33,10 @@ from longspan.train.data.stream import TokenStream
 Prepare = Callable[[Batch], Any]
 
 
+class DataWorkerError(RuntimeError):
+    """The worker process is gone, killed for its memory perhaps."""
+
+
 class _Refused(NamedTuple):
     """A ValueError of the worker."""
 
@@ -63,8 +67,9 @@ class BatchLoader:
         prefetch: batches that the worker has ready.
 
     Raises ValueError where the plan does not fit the ranks, or `prepare` does not pickle; while iterating, the
-    ValueError that `prepare` raises, RuntimeError for another error in the worker or where the worker dies. An error
-    closes the loader, and so does Ctrl-C while it waits: a trainer that wants batches after it handles the signal.
+    ValueError that `prepare` raises, DataWorkerError where the worker dies, RuntimeError with its traceback for another
+    error in the worker. An error closes the loader, and so does Ctrl-C while it waits: a trainer that wants batches
+    after it handles the signal.
     """
 
     def __init__(
@@ -171,7 +176,7 @@ class _Worker:
             self._process.join()
             code = self._process.exitcode or 0
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            raise RuntimeError(f"the data worker died ({how}): resume from the last checkpoint") from None
+            raise DataWorkerError(f"the data worker died ({how}): resume from the last checkpoint") from None
         if isinstance(message, _Refused):
             raise ValueError(message.message)
         if isinstance(message, _Failed):
