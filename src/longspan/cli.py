@@ -302,8 +302,14 @@ def _methods(argv: Sequence[str]) -> int:
 
 
 def _bench(argv: Sequence[str]) -> int:
+    if argv and argv[0] == "attention":
+        from longspan.bench.attention import AttentionBenchConfig, run_attention_bench
+
+        return run_attention_bench(parse(AttentionBenchConfig, argv[1:], "longspan bench attention"))
     from longspan.bench.training import run_training_bench
 
+    if {"-h", "--help"} & set(argv):
+        print("longspan bench measures training; longspan bench attention, the methods on a network (--help there)\n")
     config = parse(BenchConfig, argv, "longspan bench")
     return run_training_bench(config.ranks, config.lengths, config.steps, config.out)
 
@@ -314,7 +320,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "demo": (_demo, "train a small model on real text over two ranks, and write a report"),
     "doctor": (_doctor, "what is here, checked: devices, back ends, every communication channel"),
     "methods": (_methods, "every method, layout, mask and kernel, and where each is verified"),
-    "bench": (_bench, "measure on this machine"),
+    "bench": (_bench, "measure on this machine: training, or attention over a network"),
 }
 
 

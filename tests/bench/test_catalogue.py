@@ -38,7 +38,7 @@ def test_every_name_of_every_table_has_a_row(capsys: pytest.CaptureFixture[str])
     rows = methods_table()
     for section, table in (
         ("method", METHODS),
-        ("layout", LAYOUTS),
+        ("layout", [*LAYOUTS, "balanced"]),
         ("pattern", PATTERNS),
         ("kernel", KERNELS),
         ("architecture", ARCHITECTURES),

@@ -193,13 +193,17 @@ def test_counters_are_sums_and_differences() -> None:
 @pytest.mark.usefixtures("real")
 @pytest.mark.parametrize("kind", ["port", "mesh"])
 def test_a_cable_is_as_slow_as_it_was_asked_to_be(kind) -> None:
-    num_bytes, rate = 1_000_000, 20e6
-    with lab(2, kind, rate) as made:
-        one, other = made.hosts
-        seconds = send(one, other, num_bytes)
-        sent, answered = total(counters(one)), total(counters(other))
+    num_bytes, rate, shares = 1_000_000, 20e6, []
+    sent = answered = Counter(sent_bytes=0, sent_packets=0, received_bytes=0)
+    for _ in range(3):  # a busy machine may send more slowly, but never faster
+        with lab(2, kind, rate) as made:
+            one, other = made.hosts
+            shares.append(num_bytes * 8 / send(one, other, num_bytes) / rate)
+            sent, answered = total(counters(one)), total(counters(other))
+        if shares[-1] > 0.85:
+            break
     # Below 1: headers take their part. The bucket's first content comes for nothing.
-    assert 0.85 < num_bytes * 8 / seconds / rate < 1.05
+    assert 0.85 < max(shares) < 1.05
     assert num_bytes - 100 < sent.payload_bytes < 1.02 * num_bytes  # ARP is shorter than a header of TCP
     assert sent.sent_bytes > 1.01 * num_bytes
     assert abs(answered.payload_bytes) < 1000

@@ -160,6 +160,26 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if any(gates.values()) else 0
 
 
+def table(record: dict[str, Any]) -> str:
+    """The Markdown table of a record: times in ms, and in brackets the share of the ideal."""
+    world = int(record["hardware"].split()[0])
+    lines = ["| mask | KV heads | method | forward | backward | added MiB |", "|---|---:|---|---:|---:|---:|"]
+    for row in record["rows"]:
+        if "refused" not in row:
+            alone, backward_s = row["alone"], row["both_s"] - row["forward_s"]
+            shares = (
+                alone["forward_s"] / world / row["forward_s"],
+                (alone["both_s"] - alone["forward_s"]) / world / backward_s,
+            )
+            forward = f"{1e3 * row['forward_s']:.1f} ({shares[0]:.0%})"
+            backward = f"{1e3 * backward_s:.1f} ({shares[1]:.0%})"
+            added = f"{row['peak_added_bytes'] / 2**20:,.0f}"
+            lines.append(
+                f"| {row['mask']} | {row['kv_heads']} | `{row['method']}` | {forward} | {backward} | {added} |"
+            )
+    return "\n".join(lines)
+
+
 def _line(row: dict[str, Any], world: int) -> str:
     head = f"{row['mask']:16} s {row['length']:7} g {row['kv_heads']:3} {row['method']:16}"
     if "refused" in row:

@@ -18,6 +18,7 @@ from typing import NamedTuple, get_args
 
 from longspan.attention.kernels import KERNELS
 from longspan.attention.patterns import PATTERNS
+from longspan.context.balance import balanced
 from longspan.context.methods import METHODS
 from longspan.layout.tokens import LAYOUTS
 from longspan.model.huggingface import ARCHITECTURES
@@ -55,7 +56,7 @@ CHOSEN_BY: dict[str, str] = {
     "recompute": "`recompute` of the plan",
 }
 
-_SCHEDULE = "run: gloo on CPU, and on one H200 (staged); emulate: 1–8 ranks"
+_SCHEDULE = "run: gloo on CPU, and on one H200 (staged), NCCL on four H200; emulate: 1–8 ranks"
 _CPU = "CPU: against float64, forward and gradients"
 _CUDA = "one H200: 16-bit against float64, forward and gradients"
 _NEWER = (
@@ -65,7 +66,7 @@ _NEWER = (
 # What each row was shown on. A section's own entry ("pattern") holds for all its rows that have none.
 VERIFIED: dict[str, str] = {
     **{f"method/{name}": _SCHEDULE for name in ("ring", "zigzag")},
-    **{f"method/{name}": "run: gloo on CPU; emulate: 1–8 ranks" for name in _NEWER},
+    **{f"method/{name}": "run: gloo on CPU, NCCL on four H200; emulate: 1–8 ranks" for name in _NEWER},
     "layout": _SCHEDULE,
     "pattern": "equal to its definition, element by element",
     "kernel/cudnn": _CUDA,
@@ -104,6 +105,7 @@ def methods_table() -> list[Row]:
         found.append(("method", name, f"{method.title}; layout {method.layout}", method.paper))
     for name, layout in LAYOUTS.items():
         found.append(("layout", name, _first_line(layout), ""))
+    found.append(("layout", "balanced", _first_line(balanced), ""))
     for name, pattern in PATTERNS.items():
         long = "; a few long documents among many short ones" if name.endswith("_long") else ""
         found.append(("pattern", name, f"{_first_line(pattern)}{long}", ""))
