@@ -31,8 +31,9 @@ from longspan.attention.masks import Mask
 from longspan.bench.attention_cell import Problem
 from longspan.bench.exact import formula, make_inputs
 from longspan.context import attend, attention, prepare, shard, unshard
-from longspan.context.choose import default_layout
+from longspan.context.choose import default_layout, here
 from longspan.context.methods import METHODS, reason_against
+from longspan.context.run import bound
 
 GATE_MASKS = {
     "causal": lambda s: masks.causal(s),
@@ -70,7 +71,15 @@ def timed(
     rows: dict[str, list[float]] = {"forward_s": [], "both_s": []}
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
-    handle = prepare(mask, num_heads=q.shape[2], num_kv_heads=k.shape[2], group=group, method=method, device=q.device)
+    handle = prepare(
+        mask,
+        num_heads=q.shape[2],
+        num_kv_heads=k.shape[2],
+        group=group,
+        method=method,
+        device=q.device,
+        where=here(group.size(), q.device, dtype=q.dtype, head_dim=q.shape[3]),
+    )
     for repetition in range(repetitions + 2):
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
         dist.barrier(group)
@@ -88,7 +97,8 @@ def timed(
             rows["both_s"].append(float(times[1]))
     peak = torch.tensor([torch.cuda.max_memory_allocated() - held], device=q.device)
     dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
-    return {name: statistics.median(values) for name, values in rows.items()} | {"peak_added_bytes": int(peak)}
+    medians = {name: statistics.median(values) for name, values in rows.items()}
+    return medians | {"peak_added_bytes": int(peak), "took": bound(handle).built.method}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -190,7 +200,7 @@ def _line(row: dict[str, Any], world: int) -> str:
     return (
         f"{head} forward {1e3 * row['forward_s']:8.2f} ms ({forward:4.0%} of ideal)"
         f"  backward {1e3 * backward:8.2f} ms ({alone / world / backward:4.0%})"
-        f"  added {row['peak_added_bytes'] / 2**20:7.0f} MiB"
+        f"  took {row['took']:16} added {row['peak_added_bytes'] / 2**20:7.0f} MiB"
     )
 
 
