@@ -162,11 +162,11 @@ def most_messages_alive(rank: int, world: int, num_tokens: int) -> tuple[int, in
     group = dist.group.WORLD
     alive: list[weakref.ref] = []
     total, peak = 0, 0
-    empty_message, compute = Worker.empty_message, Worker.compute
+    empty, compute = Worker._empty, Worker.compute
 
-    def counted(self, kind, tokens, heads, complete):
+    def counted(self, num_bytes):
         nonlocal total
-        flat = empty_message(self, kind, tokens, heads, complete)
+        flat = empty(self, num_bytes)
         total += flat.numel()
         alive.append(weakref.ref(flat))
         return flat
@@ -178,7 +178,7 @@ def most_messages_alive(rank: int, world: int, num_tokens: int) -> tuple[int, in
         peak = max(peak, sum(held.values()))
         return compute(self, block)
 
-    Worker.empty_message, Worker.compute = counted, measured  # type: ignore[method-assign]
+    Worker._empty, Worker.compute = counted, measured  # type: ignore[method-assign]
     q, k, v, _ = inputs(num_tokens, 1, 1, b=1, d=16)
     mask = full(num_tokens)
     local = [shard(x, mask, group, layout="contiguous") for x in (q, k, v)]

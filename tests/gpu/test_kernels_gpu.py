@@ -6,12 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 
 from longspan.attention import masks
 from longspan.attention.bands import Bands, cut, shift
 from longspan.attention.kernels import KERNELS, pick
 from longspan.attention.kernels.contract import row_sums
-from longspan.attention.merge import merge
+from longspan.attention.merge import merge, merge_
 from tests.attention.kernels.blocks import MASKS, RANGES, Inputs, block, errors, oracle, plain_errors, run, tensors
 
 # Not errors here: torch's compiler warns of torch's own code, otherwise in each version.
@@ -127,3 +128,27 @@ def test_reference_runs_on_the_device() -> None:
     inputs = tensors(num_q, num_k, 4, 2, device="cuda")
     truth = oracle(*inputs, bands, scale=0.3)
     assert max(errors(run(KERNELS["reference"](), *inputs, bands, truth, scale=0.3), truth).values()) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("length", "heads", "d"), [(1, 1, 1), (37, 3, 64), (129, 2, 96), (1000, 4, 256)])
+def test_merge_in_one_pass_is_the_torch_merge(dtype: torch.dtype, length: int, heads: int, d: int) -> None:
+    draw = torch.Generator("cuda").manual_seed(length)
+
+    def part(kind: torch.dtype) -> tuple[Tensor, Tensor]:
+        out = torch.randn(2, length + 3, heads + 1, d, generator=draw, device="cuda").to(kind)
+        lse = 9 * torch.randn(2, heads + 1, length + 3, generator=draw, device="cuda")
+        lse[torch.rand(lse.shape, generator=draw, device="cuda") < 0.3] = -torch.inf
+        return out.mul_((lse > -torch.inf).transpose(1, 2)[..., None]), lse
+
+    out, lse = part(torch.float32)
+    new_out, new_lse = part(dtype)
+    lse[1, 0, 2] = torch.nan
+    expected = [x.double().cpu() for x in (out, lse)]
+    inside = slice(1, length + 1), slice(1, heads + 1)  # views, and what is around them
+    views = [x[:, inside[0], inside[1]] for x in (out, expected[0], new_out)]
+    lses = [x[:, inside[1], inside[0]] for x in (lse, expected[1], new_lse)]
+    merge_(views[1], lses[1], views[2].double().cpu(), lses[2].double().cpu())
+    merge_(views[0], lses[0], views[2], lses[2])
+    for mine, truth in zip((out, lse), expected, strict=True):
+        torch.testing.assert_close(mine.double().cpu(), truth, rtol=2e-6, atol=2e-6, equal_nan=True)

@@ -4,7 +4,7 @@ Attention over disjoint sets of keys merges exactly from (out, lse) of each: wit
 ``out = out_a * exp(lse_a - lse) + out_b * exp(lse_b - lse)`` (FlashAttention, Dao et al. 2022, arXiv:2205.14135,
 section 3.1; Ring Attention, Liu et al. 2023, arXiv:2310.01889). What differs: a row that has seen no key has
 ``lse = -inf`` and ``out = 0``, and keeps them when both sides are empty. Cost: one pass over ``out``, three temporaries
-of the size of lse.
+of the size of lse; on CUDA one kernel without temporaries (``merge_cuda``).
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ def merge_(
         raise ValueError(
             f"partial results are kept in float32 or float64, got out {out.dtype} and lse {lse.dtype}; convert them"
         )
+    if out.is_cuda and out.dtype == torch.float32 and out.stride(-1) == new_out.stride(-1) == 1 and out.numel():
+        from longspan.attention.merge_cuda import merge_rows_
+
+        merge_rows_(out, lse, new_out, new_lse)
+        return
     total = torch.logaddexp(lse, new_lse.to(lse.dtype))
     # -inf - (-inf) is NaN: an empty row is measured from 0, where exp(-inf) is 0. A NaN of the input stays visible.
     weight = torch.exp(new_lse - total.masked_fill(total == -torch.inf, 0))

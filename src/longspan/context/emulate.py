@@ -30,8 +30,20 @@ class Emulation:
     grads: tuple[Tensor, Tensor, Tensor] | None  # dq, dk, dv
 
 
-def exchange_in_lockstep(programs: list[Program], workers: list[Worker]) -> None:
-    """Run all ranks' programs of one phase step by step."""
+@dataclass(frozen=True, slots=True)
+class Played:
+    """One phase as it was emulated, by rank: what ``withhold`` needs to play one rank alone."""
+
+    programs: list[Program]
+    inputs: list[list[Record]]
+    saved: list[Tensor | None]
+    arrivals: list[list[Tensor]]  # in the order of the program's receives
+
+
+def exchange_in_lockstep(
+    programs: list[Program], workers: list[Worker], seen: list[list[Tensor]] | None = None
+) -> None:
+    """Run all ranks' programs of one phase step by step; copies of each rank's arrivals are added to ``seen``."""
     waiting: list[list[tuple]] = [[] for _ in workers]
     queues: dict[tuple[int, int, int], deque[Tensor]] = defaultdict(deque)
     num_steps = max((len(program.steps) for program in programs), default=0)
@@ -42,7 +54,12 @@ def exchange_in_lockstep(programs: list[Program], workers: list[Worker]) -> None
         for program, worker, arrivals in zip(programs, workers, waiting, strict=True):
             step = program.steps[number]
             for receive in step.receives:
-                arrivals.append((receive, queues[receive.peer, program.rank, receive.lane].popleft()))
+                flat = worker.incoming(receive).copy_(queues[receive.peer, program.rank, receive.lane].popleft())
+                arrivals.append((receive, flat))
+                if seen is not None:
+                    seen[program.rank].append(flat.clone())
+            for fill in step.fills:
+                worker.fill(fill)
             for compute in step.computes:
                 worker.compute(compute)
             for landing in step.landings:
@@ -61,10 +78,12 @@ def emulate(
     v: Float[Tensor, "b s g d"],
     settings: Settings,
     dout: Float[Tensor, "b s h d"] | None = None,
+    played: list[Played] | None = None,
 ) -> Emulation:
     """Attention (and, given ``dout``, its gradients) by the schedule, of global tensors in global token order.
 
-    The schedule must have been pruned for the geometry's mask (``passes.prune_schedule``).
+    The schedule must have been pruned for the geometry's mask (``passes.prune_schedule``). Phases are added to
+    ``played`` with copies of all that was sent.
     """
     layout = schedule.layout
     order = [torch.from_numpy(layout.positions(rank)).to(q.device) for rank in range(layout.world)]
@@ -79,7 +98,10 @@ def emulate(
         source = schedule.backward if backward else schedule.forward
         programs = lower_all(source, schedule, geometry, backward=backward)
         workers = [Worker(p, i, settings, s) for p, i, s in zip(programs, inputs, saved, strict=True)]
-        exchange_in_lockstep(programs, workers)
+        seen = None if played is None else [[] for _ in workers]
+        exchange_in_lockstep(programs, workers, seen)
+        if played is not None and seen is not None:
+            played.append(Played(programs, [list(records) for records in inputs], saved, seen))
         return workers
 
     qs, ks, vs = split(q), split(k), split(v)
@@ -92,7 +114,7 @@ def emulate(
     for inputs, local, (out_r, lse_r) in zip(own, split(dout), results, strict=True):
         delta = row_sums(local, out_r.to(q.dtype).to(accumulator(q.dtype)))
         inputs.append((local, lse_r, delta.contiguous()))
-    workers = phase(own, [worker.saved() for worker in workers], backward=True)
+    workers = phase(own, [worker.saved for worker in workers], backward=True)
     dq = joined([worker.result(0)[0] for worker in workers])
     dk, dv = (joined([worker.result(1)[i] for worker in workers]) for i in (0, 1))
     return Emulation(out.to(q.dtype), lse, (dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)))

@@ -2,12 +2,14 @@
 
 A record is the tuple of tensors of one kind of data on some tokens and heads: q (b, n, h, d); kv two of these; do the
 output gradient with lse and delta (b, h, n); o the output with its lse; dq; dkv. Messages are one flat uint8 tensor
-each, so that a record of several tensors costs one send. Sums are accumulated and sent in the accumulation dtype.
+each, so that a record of several tensors costs one send. Token by token they hold all tensors of the record: arrivals
+that are read together lie end to end in one buffer, and are one tensor without a copy. Sums of several parts are
+accumulated, and travel, in the accumulation dtype.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from longspan.attention.kernels import Kernel
 from longspan.attention.merge import accumulator, merge_
 from longspan.context.geometry import count
-from longspan.context.lower import Compute, Part, Program, Receive, Region, Send, Write
+from longspan.context.lower import Compute, Fill, Part, Program, Receive, Region, Send, Write
 from longspan.context.schedule import INPUTS, Kind
 
 
@@ -38,16 +40,23 @@ COMPONENTS: dict[Kind, tuple[Axes, ...]] = {
 Record = tuple[Tensor, ...]
 
 
-class _Spec(NamedTuple):
-    """One tensor of a record, and its bytes ``start`` to ``stop`` in the message."""
+class _Form(NamedTuple):
+    """How a record lies in a message: a row per token, its data tensors one after another; then statistics."""
 
-    shape: tuple[int, ...]
+    num_tokens: int
+    num_heads: int
+    num_data: int
     dtype: torch.dtype
-    start: int
-    stop: int
+    row_bytes: int
+    stats: tuple[tuple[int, int], ...]  # first and last byte of each
+    num_bytes: int
 
 
 _ALIGN = 16
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGN) * _ALIGN
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +71,8 @@ class Settings:
 class Worker:
     """State of one rank during one phase.
 
-    ``inputs`` are the own records in the order of ``program.own`` (q, kv and, in backward, do); ``saved`` is what the
-    worker of the forward phase ``saved()``.
+    ``inputs`` are the own records in the order of ``program.own`` (q, kv and, in backward, do). ``saved`` is the
+    memory of the arrivals that are kept: made in the forward phase, given to the worker of the backward phase.
     """
 
     def __init__(self, program: Program, inputs: list[Record], settings: Settings, saved: Tensor | None = None) -> None:
@@ -74,81 +83,101 @@ class Worker:
         self.sum_dtype = accumulator(query.dtype)
         self.records: dict[int, Record] = dict(enumerate(inputs))
         self.flats: dict[int, Tensor] = {}
-        self._known_specs: dict[tuple[Kind, int, int, bool], tuple[list[_Spec], int]] = {}
-        if saved is not None:
-            self._load(saved)
+        self._forms: dict[tuple[Kind, int, int, bool], _Form] = {}
+        sizes = [_aligned(self._buffer_form(buffer).num_bytes) for buffer in program.saved]
+        self.saved = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device) if saved is None else saved
+        for buffer, flat in zip(program.saved, self.saved.split(sizes), strict=True):
+            self._hold(buffer, flat)
+        for buffer in program.packed:
+            form = self._buffer_form(buffer)
+            if self.batch == form.num_data == 1:
+                self.flats[buffer] = inputs[buffer][0].contiguous().view(-1).view(torch.uint8)
+            else:
+                self.flats[buffer] = self._empty(form.num_bytes)
+                for view, own in zip(self._views(self.flats[buffer], form), inputs[buffer], strict=True):
+                    _copy(view, own)
 
     # Messages
 
-    def _specs(self, kind: Kind, num_tokens: int, num_heads: int, complete: bool = False) -> tuple[list[_Spec], int]:
-        """The tensors of a record in its message, and the bytes of the message."""
-        found = self._known_specs.get((kind, num_tokens, num_heads, complete))
-        if found is not None:
-            return found
-        specs, offset = [], 0
-        for axes in COMPONENTS[kind]:
-            if axes is _DATA:
-                shape = (self.batch, num_tokens, num_heads, self.head_dim)
-                dtype = self.input_dtype if complete or kind in INPUTS else self.sum_dtype
-            else:
-                shape, dtype = (self.batch, num_heads, num_tokens), self.sum_dtype
-            num_bytes = math.prod(shape) * dtype.itemsize
-            specs.append(_Spec(shape, dtype, offset, offset + num_bytes))
-            offset += -(-num_bytes // _ALIGN) * _ALIGN
-        self._known_specs[kind, num_tokens, num_heads, complete] = specs, offset
-        return specs, offset
+    def _form(self, kind: Kind, num_tokens: int, num_heads: int, complete: bool) -> _Form:
+        key = kind, num_tokens, num_heads, complete
+        if key not in self._forms:
+            components = COMPONENTS[kind]
+            num_data = components.count(_DATA)
+            dtype = self.input_dtype if complete or kind in INPUTS else self.sum_dtype
+            row_bytes = self.batch * num_data * num_heads * self.head_dim * dtype.itemsize
+            stat_bytes = self.batch * num_heads * num_tokens * self.sum_dtype.itemsize
+            end, stats = num_tokens * row_bytes, []
+            for _ in components[num_data:]:
+                start = _aligned(end)
+                end = start + stat_bytes
+                stats.append((start, end))
+            self._forms[key] = _Form(num_tokens, num_heads, num_data, dtype, row_bytes, tuple(stats), end)
+        return self._forms[key]
 
-    def _views(self, flat: Tensor, kind: Kind, num_tokens: int, num_heads: int, complete: bool = False) -> Record:
-        specs, _ = self._specs(kind, num_tokens, num_heads, complete)
-        return tuple(flat[s.start : s.stop].view(s.dtype).view(s.shape) for s in specs)
+    def _buffer_form(self, buffer: int) -> _Form:
+        """The form of an arrival's buffer."""
+        piece = self.program.buffers[buffer].piece
+        return self._form(piece.kind, count(piece.tokens), piece.heads[1] - piece.heads[0], False)
 
-    def message(self, region: Region, complete: bool) -> Tensor:
-        """The region packed into one flat uint8 tensor; an arrival that is passed on whole is not copied."""
-        if len(region.parts) == 1:
-            part = region.parts[0]
-            if part.buffer in self.flats and (part.num_tokens, part.num_heads) == self._extent(part.buffer):
-                return self.flats[part.buffer]
-        shape = region.num_tokens, region.num_heads
-        flat = self.empty_message(region.kind, *shape, complete)
-        for index, view in enumerate(self._views(flat, region.kind, *shape, complete)):
-            self._assemble(view, region, index)
-        return flat
+    def _views(self, flat: Tensor, form: _Form) -> Record:
+        """The tensors of a record in its message, none of them a copy."""
+        rows = flat[: form.num_tokens * form.row_bytes].view(form.dtype)
+        rows = rows.view(form.num_tokens, self.batch, form.num_data, form.num_heads, self.head_dim)
+        data = (rows[:, :, index].transpose(0, 1) for index in range(form.num_data))
+        shape = self.batch, form.num_heads, form.num_tokens
+        return *data, *(flat[start:stop].view(self.sum_dtype).view(shape) for start, stop in form.stats)
 
-    def empty_message(self, kind: Kind, num_tokens: int, num_heads: int, complete: bool) -> Tensor:
-        """A flat uint8 tensor with room for a record."""
-        return torch.empty(self._specs(kind, num_tokens, num_heads, complete)[1], dtype=torch.uint8, device=self.device)
+    def _empty(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+
+    def _hold(self, buffer: int, flat: Tensor) -> None:
+        self.flats[buffer] = flat
+        self.records[buffer] = self._views(flat, self._buffer_form(buffer))
+
+    def _arrivals(self, buffer: int) -> Tensor:
+        """The memory of a buffer of arrivals."""
+        if buffer not in self.flats:
+            self._hold(buffer, self._empty(self._buffer_form(buffer).num_bytes))
+        return self.flats[buffer]
 
     def outgoing(self, send: Send) -> Tensor:
-        return self.message(send.region, send.complete)
+        """The send's region as one flat uint8 tensor; whole rows of what lies as messages do are not copied."""
+        region = send.region
+        form = self._form(region.kind, region.num_tokens, region.num_heads, send.complete)
+        if len(region.parts) == 1 and not form.stats:
+            part = region.parts[0]
+            if part.buffer in self.flats and part.num_heads == self._buffer_form(part.buffer).num_heads:
+                first = part.token * form.row_bytes
+                return self.flats[part.buffer][first : first + part.num_tokens * form.row_bytes]
+        flat = self._empty(form.num_bytes)
+        for index, view in enumerate(self._views(flat, form)):
+            self._assemble(view, region.parts, COMPONENTS[region.kind][index], index)
+        return flat
 
     def incoming(self, receive: Receive) -> Tensor:
-        return self.empty_message(receive.kind, receive.num_tokens, receive.num_heads, receive.complete)
+        """Where the message of a receive goes (flat, uint8): for inputs, where they are read from then on."""
+        form = self._form(receive.kind, receive.num_tokens, receive.num_heads, receive.complete)
+        if receive.buffer is None:
+            return self._empty(form.num_bytes)
+        flat = self._arrivals(receive.buffer)
+        if form.stats:  # such a message has its buffer for itself
+            return flat
+        first = receive.token * form.row_bytes
+        return flat[first : first + form.num_tokens * form.row_bytes]
 
-    def _extent(self, buffer: int) -> tuple[int, int]:
-        """Tokens and heads of a buffer."""
-        piece = self.program.buffers[buffer].piece
-        return count(piece.tokens), piece.heads[1] - piece.heads[0]
-
-    def saved(self) -> Tensor:
-        """The messages that the backward phase needs again, end to end."""
-        flats = [self.flats[buffer] for buffer in self.program.saved]
-        return torch.cat(flats) if flats else torch.empty(0, dtype=torch.uint8, device=self.device)
-
-    def _load(self, saved: Tensor) -> None:
-        start = 0
-        for buffer in self.program.saved:
-            kind, extent = self.program.buffers[buffer].piece.kind, self._extent(buffer)
-            stop = start + self._specs(kind, *extent)[1]
-            self.records[buffer] = self._views(saved[start:stop], kind, *extent)
-            start = stop
+    def fill(self, fill: Fill) -> None:
+        """Copy own tokens to their place between arrivals."""
+        self._arrivals(fill.buffer)
+        for index, (target, axes) in enumerate(zip(self.records[fill.buffer], COMPONENTS[fill.kind], strict=True)):
+            self._assemble(target, fill.parts, axes, index)
 
     # Reading
 
-    def _assemble(self, target: Tensor, region: Region, index: int) -> None:
-        axes = COMPONENTS[region.kind][index]
-        for part in region.parts:
+    def _assemble(self, target: Tensor, parts: Iterable[Part], axes: Axes, index: int) -> None:
+        for part in parts:
             view = _narrow(target, axes, part.to_token, part.num_tokens, part.to_head, part.num_heads)
-            view.copy_(self._part(part, axes, index))
+            _copy(view, self._part(part, axes, index))
 
     def _part(self, part: Part, axes: Axes, index: int) -> Tensor:
         source = self.records[part.buffer][index]
@@ -164,18 +193,31 @@ class Worker:
             shape = list(like.shape)
             shape[axes.tokens], shape[axes.heads] = region.num_tokens, region.num_heads
             target = torch.empty(shape, dtype=like.dtype, device=like.device)
-            self._assemble(target, region, index)
+            self._assemble(target, region.parts, axes, index)
             record.append(target)
         return tuple(record)
 
     # Writing
 
-    def _accumulator(self, buffer: int) -> Record:
-        """The record of an accumulator, allocated on first use (its cells are copied into before they are merged)."""
+    def _accumulator(self, buffer: int, dtype: torch.dtype) -> Record:
+        """The record of an accumulator whose data are of ``dtype`` or wider, allocated on first use.
+
+        Its cells are copied into before they are merged. Sums that came whole, from one call or in one message, stay
+        in the dtype they came in: the result is rounded to it anyway.
+        """
         if buffer not in self.records:
-            specs, _ = self._specs(self.program.buffers[buffer].piece.kind, *self._extent(buffer))
-            self.records[buffer] = tuple(torch.empty(s.shape, dtype=s.dtype, device=self.device) for s in specs)
-        return self.records[buffer]
+            piece = self.program.buffers[buffer].piece
+            n, heads = count(piece.tokens), piece.heads[1] - piece.heads[0]
+            self.records[buffer] = tuple(
+                torch.empty((self.batch, n, heads, self.head_dim), dtype=dtype, device=self.device)
+                if axes is _DATA
+                else torch.empty((self.batch, heads, n), dtype=self.sum_dtype, device=self.device)
+                for axes in COMPONENTS[piece.kind]
+            )
+        record = self.records[buffer]
+        if torch.promote_types(record[0].dtype, dtype) != record[0].dtype:
+            record = self.records[buffer] = tuple(x.to(torch.promote_types(x.dtype, dtype)) for x in record)
+        return record
 
     def write(self, write: Write, record: Record) -> None:
         """Copy, merge or take over a record of sums."""
@@ -185,7 +227,7 @@ class Worker:
         axes = COMPONENTS[write.kind]
         for merging, parts in ((False, write.copies), (True, write.merges)):
             for part in parts:
-                targets = self._accumulator(part.buffer)
+                targets = self._accumulator(part.buffer, self.sum_dtype if merging else record[0].dtype)
                 old = [
                     _narrow(t, a, part.token, part.num_tokens, part.head, part.num_heads)
                     for t, a in zip(targets, axes, strict=True)
@@ -196,7 +238,7 @@ class Worker:
                 ]
                 if not merging:
                     for o, n in zip(old, new, strict=True):
-                        o.copy_(n)
+                        _copy(o, n)
                 elif write.kind == "o":
                     merge_(old[0], old[1], new[0], new[1])
                 else:
@@ -230,14 +272,10 @@ class Worker:
         self.write(compute.writes[1], (dk, dv))
 
     def arrive(self, receive: Receive, flat: Tensor, write: Write | None) -> None:
-        """Take in a message whose bytes are complete."""
-        record = self._views(flat, receive.kind, receive.num_tokens, receive.num_heads, receive.complete)
+        """Take in a message whose bytes are complete; those of inputs lie where they are read."""
         if write is not None:
-            self.write(write, record)
-        else:
-            assert receive.buffer is not None
-            self.records[receive.buffer] = record
-            self.flats[receive.buffer] = flat
+            form = self._form(receive.kind, receive.num_tokens, receive.num_heads, receive.complete)
+            self.write(write, self._views(flat, form))
 
     def free(self, buffers: list[int]) -> None:
         for buffer in buffers:
@@ -249,12 +287,33 @@ class Worker:
         num_inputs = len(self.program.own) - len(self.program.unwritten)
         buffer = num_inputs + index
         kind = self.program.own[buffer]
-        record = self._accumulator(buffer)
+        record = self._accumulator(buffer, self.input_dtype)
         for part in self.program.unwritten[index]:
             for component, (tensor, axes) in enumerate(zip(record, COMPONENTS[kind], strict=True)):
                 empty = float("-inf") if kind == "o" and component == 1 else 0.0
                 _narrow(tensor, axes, part.token, part.num_tokens, part.head, part.num_heads).fill_(empty)
         return record
+
+
+_WIDE = torch.complex128  # 16 bytes
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """``target.copy_(source)``, on CUDA 16 bytes at a time where that is possible: rows of some heads are short."""
+    if target.is_cuda and target.dtype == source.dtype and _wide(target) and _wide(source):
+        target, source = target.view(_WIDE), source.view(_WIDE)
+    target.copy_(source)
+
+
+def _wide(x: Tensor) -> bool:
+    size = _WIDE.itemsize // x.itemsize
+    return (
+        x.stride(-1) == 1
+        and x.data_ptr() % _WIDE.itemsize == 0
+        and x.storage_offset() % size == 0
+        and x.shape[-1] % size == 0
+        and all(stride % size == 0 for stride in x.stride()[:-1])
+    )
 
 
 def _narrow(tensor: Tensor, axes: Axes, token: int, num_tokens: int, head: int, num_heads: int) -> Tensor:

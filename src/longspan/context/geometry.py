@@ -41,6 +41,17 @@ def count(ranges: Ranges) -> int:
     return sum(stop - start for start, stop in ranges)
 
 
+def overlap(first: Ranges, second: Ranges) -> Ranges:
+    """What two sorted, disjoint ranges have in common."""
+    out, i, j = [], 0, 0
+    while i < len(first) and j < len(second):
+        start, stop = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
+        if start < stop:
+            out.append((start, stop))
+        i, j = (i + 1, j) if first[i][1] < second[j][1] else (i, j + 1)
+    return normalise(out)
+
+
 def split_in_two(interval: Range) -> tuple[Range, Range]:
     """An interval as two that differ by one at most."""
     start, stop = interval

@@ -12,11 +12,11 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from longspan.attention.bands import Bands, total_area
-from longspan.context.geometry import Atoms, Geometry, Range, Ranges, count, stretches
+from longspan.context.geometry import Atoms, Geometry, Range, Ranges, count, normalise, overlap, stretches
 from longspan.context.passes import atoms_of
 from longspan.context.schedule import (
     INPUTS,
@@ -74,7 +74,8 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Receive:
-    """Posted with the sends of its step. An input becomes buffer ``buffer``; a sum is written when it lands."""
+    """Posted with the sends of its step. An input goes into ``buffer`` from row ``token`` on; a sum is written when it
+    lands."""
 
     peer: int
     lane: int
@@ -82,7 +83,17 @@ class Receive:
     num_tokens: int
     num_heads: int
     buffer: int | None
+    token: int
     complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Own tokens that blocks read together with arrivals are copied to their place between them, once."""
+
+    kind: Kind
+    buffer: int
+    parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +119,7 @@ class Compute:
 class Step:
     sends: list[Send] = field(default_factory=list)
     receives: list[Receive] = field(default_factory=list)
+    fills: list[Fill] = field(default_factory=list)
     computes: list[Compute] = field(default_factory=list)
     landings: list[Landing] = field(default_factory=list)
     frees: list[int] = field(default_factory=list)
@@ -127,6 +139,7 @@ class Program:
     """One rank's lowered phase. Buffers 0.. are the own inputs, then the own sums, in the order of ``own``.
 
     ``saved`` are the buffers of kept arrivals: what a forward phase hands to its backward phase, in the same order.
+    ``packed`` are own inputs whose rows are sent more than once: they are laid out as a message once for all.
     """
 
     rank: int
@@ -137,6 +150,7 @@ class Program:
     buffers: tuple[Buffer, ...]
     unwritten: tuple[tuple[Part, ...], ...]  # per own sum: rectangles that nothing ever writes
     saved: tuple[int, ...]
+    packed: tuple[int, ...]
 
     @property
     def area(self) -> int:
@@ -151,6 +165,49 @@ class Program:
             for step in range(buffer.born, min(buffer.dies, len(self.steps)) + 1):
                 live[step] += size
         return max(live)
+
+
+class Joint(NamedTuple):
+    """Arrivals of one step that lie end to end in one buffer, by slot, with own tokens that are read along with them.
+
+    ``moves`` are indices among the phase's moves.
+    """
+
+    moves: tuple[int, ...]
+    piece: Piece
+    own: Ranges
+    kept: bool
+
+
+def joints(phase: Phase, rank: int, own: Ranges, group_size: int) -> list[Joint]:
+    """How a rank's arrivals of q and kv lie in memory, in the order of their first moves.
+
+    Those that are posted and land together share a buffer: a block that reads them all then reads one tensor.
+    """
+    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for index, move in enumerate(phase.moves):
+        if move.dst == rank and move.piece.kind in ("q", "kv"):
+            groups[move.piece.kind, move.piece.heads, move.step, move.lands, move.kept].append(index)
+    blocks = [block for block in phase.blocks if block.rank == rank]
+    out = []
+    for indices in groups.values():
+        some = sorted(indices, key=lambda index: phase.moves[index].piece.tokens)
+        pieces = [phase.moves[index].piece for index in some]
+        apart = all(a.tokens[-1][1] <= b.tokens[0][0] for a, b in pairwise(pieces))
+        for members in [tuple(some)] if apart else [(index,) for index in indices]:
+            first = phase.moves[members[0]]
+            kind, heads = first.piece.kind, first.piece.heads
+            tokens = normalise(pair for index in members for pair in phase.moves[index].piece.tokens)
+            beside: Ranges = ()
+            for block in blocks:
+                read = block.q if kind == "q" else block.k
+                read_heads = block.heads if kind == "q" else kv_heads_of(block.heads, group_size)
+                inside = heads[0] <= read_heads[0] and read_heads[1] <= heads[1]
+                if inside and overlap(read, tokens) == tokens and not overlap(tokens, own):
+                    beside = normalise((*beside, *overlap(read, own)))
+            piece = Piece(kind, normalise((*tokens, *beside)), heads)
+            out.append(Joint(members, piece, beside, first.kept))
+    return out
 
 
 Held = dict[int, int]  # buffer -> the atoms that are read from it
@@ -171,6 +228,8 @@ class _Lowering:
         self.own_sum: dict[Kind, int] = {}
         self._places: dict[Ranges, tuple[list[int], list[int]]] = {}
         self.saved: list[int] = []
+        # Buffers of arrivals and own tokens, complete: what lies in one of these is read there.
+        self.whole: dict[Kind, list[tuple[int, int, Range]]] = defaultdict(list)
         for kind in (*self.inputs, *self.sums):
             heads = schedule.num_kv_heads if kind in KV_KINDS else schedule.num_heads
             self.where[kind] = [{} for _ in self._head_cuts(kind)[1:]]
@@ -181,9 +240,12 @@ class _Lowering:
             else:
                 self.where[kind] = [{buffer: self.own_atoms} for _ in self.where[kind]]
         if backward:
-            for move in schedule.forward.moves:
-                if move.kept and move.dst == rank:
-                    self.arrive(move.piece, self.keep(self.new(move.piece, 0)))
+            for joint in joints(schedule.forward, rank, self.own_tokens, schedule.group_size):
+                if joint.kept:
+                    buffer = self.keep(self.new(joint.piece, 0))
+                    for index in joint.moves:
+                        self.arrive(schedule.forward.moves[index].piece, buffer)
+                    self.complete(joint, buffer)
 
     def _head_cuts(self, kind: Kind) -> list[int]:
         return self.atoms.kv_head_cuts if kind in KV_KINDS else self.atoms.head_cuts
@@ -211,6 +273,10 @@ class _Lowering:
             table = self._places[tokens] = [start for start, _ in tokens], bases
         starts, bases = table
         return slot + bases[bisect_right(starts, slot) - 1]
+
+    def place(self, buffer: int, slot: int) -> int:
+        """The row of a slot in a buffer."""
+        return self._place(self.buffers[buffer].piece.tokens, slot)
 
     def _parts(self, piece: Piece, columns: list[Held]) -> tuple[Part, ...]:
         """Where the tokens of a piece lie, given for each of its head atoms; heads that lie alike go together."""
@@ -252,6 +318,11 @@ class _Lowering:
         """Where the cells of a piece lie now. They must all be present (the checker has seen to it)."""
         tokens, where = self.atoms.bits(piece.tokens), self.where[piece.kind]
         columns = [_within(where[head], tokens) for head in self._heads(piece)]
+        if any(len(held) > 1 for held in columns):
+            for buffer, cells, heads in self.whole[piece.kind]:
+                if not tokens & ~cells and heads[0] <= piece.heads[0] and piece.heads[1] <= heads[1]:
+                    columns = [{buffer: tokens}] * len(columns)
+                    break
         assert all(_union(held) == tokens for held in columns), f"rank {self.rank} lacks {piece} at step {step}"
         parts = self._parts(piece, columns)
         self._use(parts, step)
@@ -292,7 +363,29 @@ class _Lowering:
             held = self.where[piece.kind][head]
             fresh = tokens & ~_union(held)
             if fresh:
-                held[buffer] = fresh
+                held[buffer] = held.get(buffer, 0) | fresh
+
+    def complete(self, joint: Joint, buffer: int) -> None:
+        """All of a joint's arrivals have landed in its buffer."""
+        if joint.own:
+            self.whole[joint.piece.kind].append((buffer, self.atoms.bits(joint.piece.tokens), joint.piece.heads))
+
+    def fill(self, joint: Joint, buffer: int) -> Fill:
+        """How a joint's own tokens get to their place."""
+        first, last = joint.piece.heads
+        parts = tuple(
+            Part(
+                self.inputs.index(joint.piece.kind),
+                start - self.own_tokens[0][0],
+                first,
+                self._place(joint.piece.tokens, start),
+                0,
+                stop - start,
+                last - first,
+            )
+            for start, stop in joint.own
+        )
+        return Fill(joint.piece.kind, buffer, parts)
 
     def take(self, move: Move, step: int) -> Region:
         """The region of a move; sums leave."""
@@ -345,6 +438,17 @@ def lower(
             computed[block.step].append(block)
     receive_of: dict[int, int] = {}
     arrival_of: dict[int, int] = {}
+    joint_of: dict[int, Joint] = {}
+    for joint in joints(phase, rank, state.own_tokens, schedule.group_size):
+        first = phase.moves[joint.moves[0]]
+        buffer = state.new(joint.piece, first.step)
+        state.buffers[buffer].dies = first.lands
+        if joint.kept:
+            state.keep(buffer)
+        if joint.own:
+            state.steps[first.step].fills.append(state.fill(joint, buffer))
+        for index in joint.moves:
+            arrival_of[index], joint_of[index] = buffer, joint
     for number, step in enumerate(state.steps):
         for index, move in posted[number]:
             if move.src == rank:
@@ -352,14 +456,15 @@ def lower(
                 continue
             piece = move.piece
             receive_of[index] = len(receive_of)
-            arrival_of[index] = arrival = state.new(piece, number)
-            state.buffers[arrival].dies = move.lands
-            if move.kept:
-                state.keep(arrival)
-            num_heads = piece.heads[1] - piece.heads[0]
-            buffer = arrival if piece.kind in INPUTS else None
+            num_heads, buffer, token = piece.heads[1] - piece.heads[0], None, 0
+            if piece.kind in INPUTS and index not in arrival_of:
+                arrival_of[index] = state.new(piece, number)
+                state.buffers[arrival_of[index]].dies = move.lands
+            if piece.kind in INPUTS:
+                buffer = arrival_of[index]
+                token = state.place(buffer, piece.tokens[0][0])
             step.receives.append(
-                Receive(move.src, move.lane, piece.kind, count(piece.tokens), num_heads, buffer, move.complete)
+                Receive(move.src, move.lane, piece.kind, count(piece.tokens), num_heads, buffer, token, move.complete)
             )
         for block in computed[number]:
             kv_heads = kv_heads_of(block.heads, schedule.group_size)
@@ -376,6 +481,9 @@ def lower(
                 step.landings.append(Landing(receive_of[index], state.write(move.piece, number)))
             else:
                 state.arrive(move.piece, arrival_of[index])
+                joint = joint_of.get(index)
+                if joint is not None and index == max(joint.moves):
+                    state.complete(joint, arrival_of[index])
                 step.landings.append(Landing(receive_of[index], None))
     own = (*state.inputs, *state.sums)
     for index, buffer in enumerate(state.buffers[len(own) :], len(own)):
@@ -390,4 +498,16 @@ def lower(
         tuple(state.buffers),
         tuple(state.unwritten(kind) for kind in state.sums),
         tuple(state.saved),
+        _packed(state),
     )
+
+
+def _packed(state: _Lowering) -> tuple[int, ...]:
+    sent: dict[int, int] = defaultdict(int)
+    for step in state.steps:
+        for send in step.sends:
+            for part in send.region.parts if send.region.kind in ("q", "kv") and len(send.region.parts) == 1 else ():
+                piece = state.buffers[part.buffer].piece
+                if part.buffer < len(state.inputs) and part.num_heads == piece.heads[1] - piece.heads[0]:
+                    sent[part.buffer] += part.num_tokens
+    return tuple(buffer for buffer, num in sorted(sent.items()) if num > count(state.own_tokens))

@@ -106,6 +106,8 @@ def _execute(
                 (receive, flat, wait)
                 for receive, (_, _, flat), wait in zip(step.receives, incoming, waits, strict=True)
             )
+        for fill in step.fills:
+            worker.fill(fill)
         for compute in step.computes:
             worker.compute(compute)
         for landing in step.landings:
@@ -137,7 +139,7 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, handle: int) -> tuple[Tensor, 
     _validate(q, k, v, at.built)
     worker = _execute(at.built.forward, [(q,), (k, v)], at, _settings(q, at))
     out, lse = worker.result()
-    return _own(out, q.dtype), _own(lse, lse.dtype), worker.saved()
+    return _own(out, q.dtype), _own(lse, lse.dtype), worker.saved
 
 
 @attention_op.register_fake

@@ -15,13 +15,13 @@ from longspan.attention.merge import accumulator, merge_
 def forward_calls(q: Tensor, plan: Sequence[Call], compute: Callable[[Call], tuple[Tensor, Tensor]]) -> Forward:
     """(out, lse) of a block from ``compute(call) -> (out (b l h d), lse (b h l))`` on the call's rows.
 
-    A plan of one call that covers all rows is returned as it is, without a merge.
+    The result of a plan of one call that covers all rows is returned as it is, in the dtype that the call gives.
     """
     b, length, h, _ = q.shape
     dtype = accumulator(q.dtype)
     if len(plan) == 1 and plan[0].q1 - plan[0].q0 == length:
         out, lse = compute(plan[0])
-        return out.to(dtype), lse.to(dtype)
+        return out, lse.to(dtype)
     out = torch.zeros(q.shape, dtype=dtype, device=q.device)
     lse = torch.full((b, h, length), -torch.inf, dtype=dtype, device=q.device)
     for call in plan:
@@ -38,11 +38,13 @@ def forward_calls(q: Tensor, plan: Sequence[Call], compute: Callable[[Call], tup
 def backward_calls(
     q: Tensor, k: Tensor, v: Tensor, plan: Sequence[Call], compute: Callable[[Call], tuple[Tensor, Tensor, Tensor]]
 ) -> Backward:
-    """(dq, dk, dv) of a block from ``compute(call) -> (dq, dk, dv)``, each (b l h d) on the call's rows or columns."""
+    """(dq, dk, dv) of a block from ``compute(call) -> (dq, dk, dv)``, each (b l h d) on the call's rows or columns.
+
+    The result of a plan of one call that covers the block is returned as it is, in the dtype that the call gives.
+    """
     dtype = accumulator(q.dtype)
     if len(plan) == 1 and plan[0][:4] == (0, q.shape[1], 0, k.shape[1]):
-        dq, dk, dv = compute(plan[0])
-        return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+        return compute(plan[0])
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
     for call in plan:
         new_dq, new_dk, new_dv = compute(call)

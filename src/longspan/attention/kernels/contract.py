@@ -21,7 +21,8 @@ Backward = tuple[Float[Tensor, "b lq h d"], Float[Tensor, "b lk g d"], Float[Ten
 class Kernel(Protocol):
     """A back end for blocks of attention.
 
-    Results are in the accumulation dtype (float32, or float64 for float64 inputs). ``h`` is a multiple of ``g``: query
+    Results are in the accumulation dtype (float32, or float64 for float64 inputs), or, lse excepted, in the inputs'
+    where one library call has rounded them to it. ``h`` is a multiple of ``g``: query
     head i reads KV head i // (h // g). A row that the bands give no key has ``out`` 0 and ``lse`` -inf.
     """
 

@@ -1,8 +1,8 @@
 """The context-parallel methods: one visible table from name to function.
 
 A method that has a degree (the size of USP's head groups, of the double ring's windows) takes it after a colon, as in
-``"usp:4"``; without one it takes its default for the ranks. ``"ulysses+burst"`` is the forward phase of one method with
-the backward phase of another.
+``"usp:4"``, and one that works in stages their number; without one it takes its default. ``"ulysses+burst"`` is the
+forward phase of one method with the backward phase of another.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def _no_reason(mask: Mask, layout: Layout) -> str | None:
 class Method:
     """A method: its schedule and the layout it was published with.
 
-    ``build`` takes (layout, query heads, KV heads), and a degree where ``has_degree``. ``reason_against`` says why a
+    ``build`` takes (layout, query heads, KV heads), and a degree where ``has_degree`` or a number of stages where
+    ``stages``, the default, is not 0. ``reason_against`` says why a
     mask on a layout cannot be computed, or None.
     """
 
@@ -43,6 +44,7 @@ class Method:
     layout: str
     build: Callable[..., Schedule]
     has_degree: bool = False
+    stages: int = 0
     reason_against: Callable[[Mask, Layout], str | None] = _no_reason
 
 
@@ -84,6 +86,7 @@ METHODS: dict[str, Method] = {
         paper="ours, after SandAI/MagiAttention",
         layout="balanced",
         build=mask_aware,
+        stages=4,
     ),
     "ulysses": Method(
         title="DeepSpeed-Ulysses (heads exchanged for tokens)",
@@ -92,10 +95,11 @@ METHODS: dict[str, Method] = {
         build=ulysses,
     ),
     "staged_ulysses": Method(
-        title="Ulysses in two stages, the second under way during the first",
+        title="Ulysses in stages of heads, each under way during the one before",
         paper="ours",
         layout="contiguous",
         build=staged_ulysses,
+        stages=4,
     ),
     "usp": Method(
         title="USP (Ulysses inside groups, a ring between them)",
@@ -152,7 +156,7 @@ def reason_against(name: str, mask: Mask, layout: Layout) -> str | None:
 def builder(name: str, world: int) -> Build:
     """The schedule function of a method, with its degree filled in.
 
-    Raises ValueError for an unknown method, and for a degree that is not a divisor of the ranks or has no place.
+    Raises ValueError for an unknown method, and for a degree or number of stages that cannot be or has no place.
     """
     first, plus, second = name.partition("+")
     if plus:
@@ -162,13 +166,15 @@ def builder(name: str, world: int) -> Build:
         )
     found = method(name)
     _, colon, text = name.partition(":")
-    if not found.has_degree:
+    if not found.has_degree and not found.stages:
         if colon:
-            takers = ", ".join(other for other, m in METHODS.items() if m.has_degree)
+            takers = ", ".join(other for other, m in METHODS.items() if m.has_degree or m.stages)
             raise ValueError(f"method {name!r} takes no degree; those that do: {takers}")
         return found.build
-    degree = int(text) if text.isdecimal() else 0 if colon else default_degree(world)
-    if degree < 1 or world % degree:
+    degree = int(text) if text.isdecimal() else 0 if colon else found.stages or default_degree(world)
+    if found.stages and degree < 1:
+        raise ValueError(f"the stages of {name!r} are a number of at least 1, got {text!r}; name one, or none")
+    if found.has_degree and (degree < 1 or world % degree):
         raise ValueError(f"the degree of {name!r} must divide the {world} ranks, got {text!r}; name a divisor")
     return lambda layout, num_heads, num_kv_heads: found.build(layout, num_heads, num_kv_heads, degree)
 

@@ -18,7 +18,7 @@ the ring as there. Memory: q, k and v of the group for a share of the heads, kep
 
 from __future__ import annotations
 
-from longspan.context.geometry import Range, Ranges, normalise, split_in_two
+from longspan.context.geometry import Range, Ranges, normalise
 from longspan.context.passes import derived
 from longspan.context.schedule import Block, Move, Phase, Piece, Schedule, kv_heads_of, ordered
 from longspan.layout.tokens import Layout, even_split
@@ -29,16 +29,20 @@ def ulysses(layout: Layout, num_heads: int, num_kv_heads: int) -> Schedule:
     return _exchange("ulysses", layout, num_heads, num_kv_heads, layout.world)
 
 
-def staged_ulysses(layout: Layout, num_heads: int, num_kv_heads: int) -> Schedule:
-    """Ulysses in two stages: the second half of a rank's heads is on its way while it computes the first. Ours."""
+def staged_ulysses(layout: Layout, num_heads: int, num_kv_heads: int, stages: int) -> Schedule:
+    """Ulysses in stages: a part of a rank's heads is on its way while it computes the part before. Ours.
+
+    Exposed is what the first part's inputs and the last part's outputs take; at most a stage per head.
+    """
     world, group_size = layout.world, num_heads // num_kv_heads
     everything = ((0, layout.num_tokens),)
     moves, blocks = [], []
     for rank, share in enumerate(_shares(num_heads, world)):
         last_kv = 0
-        for stage, heads in enumerate(half for half in split_in_two(share) if half[0] < half[1]):
+        parts = [part for part in _shares(share[1] - share[0], stages) if part[0] < part[1]]
+        for stage, heads in enumerate((share[0] + first, share[0] + last) for first, last in parts):
             kv_heads = kv_heads_of(heads, group_size)
-            unsent = max(last_kv, kv_heads[0]), kv_heads[1]  # both halves may read one KV head
+            unsent = max(last_kv, kv_heads[0]), kv_heads[1]  # two parts may read one KV head
             last_kv = kv_heads[1]
             for other in range(world):
                 if other != rank:
