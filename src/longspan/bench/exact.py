@@ -44,12 +44,15 @@ class Results(NamedTuple):
     dv: Tensor
 
 
-def make_inputs(num_tokens: int, *, h: int = 4, g: int = 2, d: int = 16, dtype: torch.dtype) -> Inputs:
-    """Normal values on the CPU, already rounded to ``dtype``."""
-    generator = torch.Generator().manual_seed(num_tokens)
+def make_inputs(
+    num_tokens: int, *, h: int = 4, g: int = 2, d: int = 16, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Inputs:
+    """Normal values, already rounded to ``dtype``; the same in every process, but not on every kind of device."""
+    generator = torch.Generator(device).manual_seed(num_tokens)
 
     def draw(heads: int) -> Tensor:
-        return torch.randn(1, num_tokens, heads, d, generator=generator, dtype=torch.float64).to(dtype)
+        shape = (1, num_tokens, heads, d)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device=device).to(dtype)
 
     return Inputs(draw(h), draw(g), draw(g), draw(h))
 
