@@ -134,6 +134,9 @@ def test_what_is_too_large_is_refused(monkeypatch) -> None:
     assert "at most 0 calls here" in measure(cell("cpu_flash"), CPU, 1, 96)["reason"]
     monkeypatch.setattr(contenders, "_MAX_BANDS", 1)
     assert "at most 1 bands" in measure(cell("cpu_flash"), CPU, 1, 96)["reason"]
+    monkeypatch.setattr(kernel_cell, "_MAX_BLOCKS", 35)
+    sparse = cell("torch_math", Task(problem=PROBLEM, block=16, ratio=0.3))
+    assert "at most 35 blocks here, got 36" in measure(sparse, CPU, 1, 96)["reason"]
 
 
 def _blind(self, q, k, v, bands, **options):

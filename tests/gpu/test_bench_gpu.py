@@ -26,6 +26,8 @@ def test_every_kernel_is_exact_or_says_why_not(name: str, mask: str) -> None:
     old = torch.cuda.get_device_capability() < (9, 0)
     if name == "cpu_flash" or (name in FULL_AND_CAUSAL and not full_or_causal) or (name == "cudnn" and old):
         assert row["status"] == "refused", row
+    elif name == "torch_cudnn" and row["status"] == "refused":
+        assert "no such kernel" in row["reason"]  # not every version of it groups heads
     else:
         assert row["status"] == "ok", row
         assert row["added_bytes"] > 0

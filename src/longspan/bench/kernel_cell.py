@@ -25,6 +25,7 @@ from longspan.bench.timing import added_bytes, times_s
 SPARSE = "block_sparse"
 _SAMPLE = 8  # rows that are compared at the full length
 _WARM_UP = 2
+_MAX_BLOCKS = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,8 +37,12 @@ class Task:
     ratio: float | None = None
 
     def make_mask(self) -> Mask:
+        """The mask. Raises ValueError for one of so many blocks that making it takes minutes."""
         if self.block is None or self.ratio is None:
             return self.problem.make_mask()
+        blocks = (-(-self.problem.length // self.block)) ** 2
+        if blocks > _MAX_BLOCKS:
+            raise ValueError(f"a block-sparse mask may have at most {_MAX_BLOCKS:,} blocks here, got {blocks:,}")
         return block_sparse(self.problem.length, block=self.block, ratio=self.ratio, seed=self.problem.seed)
 
     def at(self, length: int) -> Task:

@@ -126,8 +126,8 @@ def prepare(
 
     Args: ``mask`` of the global sequence; ``scale`` of the scores, 1/sqrt(head_dim) by default; ``softcap`` c turns
     scores x into c·tanh(x/c); ``device`` of the tensors to come; ``where`` they run, for method "auto" to choose by
-    estimated time (``longspan.context.choose``), else it takes a default of the layout. Equal arguments give the same
-    handle until it is released (``longspan.context.run.release``); nothing else ends it.
+    estimated time (``where_of`` says it for a group), else it takes a default of the layout. Equal arguments give the
+    same handle until it is released (``longspan.context.run.release``); nothing else ends it.
     Raises ValueError, on every rank, where the ranks' masks, schedules or settings differ, and for unknown or unfit
     options.
     """
