@@ -7,6 +7,8 @@ import signal
 
 # Before torch is imported, and for the processes that tests start: ranks outnumber cores, threads only get in the way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A device profile that somebody has saved on this machine must not decide what the tests see.
+os.environ["XDG_CONFIG_HOME"] = os.devnull
 
 import hypothesis
 import pytest

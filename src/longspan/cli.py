@@ -116,15 +116,15 @@ def _unboxed(text: str) -> str:
     return " ".join(itertools.takewhile(lambda line: line.strip("-"), message)).rstrip(".")
 
 
-def parse(kind: type[_T], argv: Sequence[str], prog: str, also: tuple[str, ...] = ()) -> _T:
+def parse(kind: type[_T], argv: Sequence[str], prog: str, also: tuple[str, ...] = (), *, switches: bool = False) -> _T:
     """The config from the command line. Raises ValueError for an unknown option, with the nearest known one (``also``:
-    known, and not of the config), and for a value that cannot be read."""
+    known, and not of the config), and for a value that cannot be read. ``switches``: a yes-or-no option is its name
+    alone, without a value."""
     said = io.StringIO()
+    style = tyro.conf.FlagCreatePairsOff if switches else tyro.conf.FlagConversionOff
     try:
         with contextlib.redirect_stderr(said):
-            config, unknown = tyro.cli(
-                kind, args=list(argv), prog=prog, return_unknown_args=True, config=(tyro.conf.FlagConversionOff,)
-            )
+            config, unknown = tyro.cli(kind, args=list(argv), prog=prog, return_unknown_args=True, config=(style,))
     except SystemExit as error:
         if not error.code:  # --help
             raise
@@ -305,11 +305,18 @@ def _bench(argv: Sequence[str]) -> int:
     if argv and argv[0] == "attention":
         from longspan.bench.attention import AttentionBenchConfig, run_attention_bench
 
-        return run_attention_bench(parse(AttentionBenchConfig, argv[1:], "longspan bench attention"))
+        config = parse(AttentionBenchConfig, argv[1:], "longspan bench attention", switches=True)
+        return run_attention_bench(config)
+    if argv and argv[0] == "kernels":
+        from longspan.bench.kernels import KernelBenchConfig, run_kernel_bench
+
+        return run_kernel_bench(parse(KernelBenchConfig, argv[1:], "longspan bench kernels", switches=True))
     from longspan.bench.training import run_training_bench
 
     if {"-h", "--help"} & set(argv):
-        print("longspan bench measures training; longspan bench attention, the methods on a network (--help there)\n")
+        print("longspan bench measures training; others have a --help of their own:")
+        print("  longspan bench attention  the methods over ranks, on a network")
+        print("  longspan bench kernels    attention kernels on one device; --save-profile calibrates it\n")
     config = parse(BenchConfig, argv, "longspan bench")
     return run_training_bench(config.ranks, config.lengths, config.steps, config.out)
 
@@ -320,7 +327,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "demo": (_demo, "train a small model on real text over two ranks, and write a report"),
     "doctor": (_doctor, "what is here, checked: devices, back ends, every communication channel"),
     "methods": (_methods, "every method, layout, mask and kernel, and where each is verified"),
-    "bench": (_bench, "measure on this machine: training, or attention over a network"),
+    "bench": (_bench, "measure on this machine: training, attention over a network, or attention kernels"),
 }
 
 

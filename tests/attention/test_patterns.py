@@ -141,3 +141,27 @@ def test_refusals_are_one_line(make, rule: str) -> None:
     with pytest.raises(ValueError, match=rule) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("num_tokens", "block", "ratio"), [(64, 8, 0.3), (61, 8, 0.3), (64, 8, 1.0), (64, 4, 0.01)])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_block_sparse_masks_are_random_blocks_with_one_in_every_row(num_tokens, block, ratio, seed) -> None:
+    mask = patterns.block_sparse(num_tokens, block=block, ratio=ratio, seed=seed)
+    size = -(-num_tokens // block)
+    blocks = mask.dense()[::block, ::block]  # the first pair of each block stands for all
+    assert blocks.shape == (size, size)
+    whole = blocks.repeat_interleave(block, 0).repeat_interleave(block, 1)[:num_tokens, :num_tokens]
+    assert bool((mask.dense() == whole).all())
+    assert int(blocks.sum()) == max(size, round(ratio * size * size))
+    assert bool(blocks.any(dim=1).all())
+    assert mask == patterns.block_sparse(num_tokens, block=block, ratio=ratio, seed=seed)
+    if ratio < 1:
+        assert mask != patterns.block_sparse(num_tokens, block=block, ratio=ratio, seed=seed + 1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"block": 0, "ratio": 0.5}, {"block": 8, "ratio": 0.0}, {"block": 8, "ratio": 1.5}]
+)
+def test_block_sparse_masks_that_are_none_are_refused(options) -> None:
+    with pytest.raises(ValueError, match="block must be at least 1 and ratio"):
+        patterns.block_sparse(64, **options)

@@ -13,11 +13,10 @@ import pytest
 import torch
 from torch._C._distributed_c10d import FileStore
 
-from longspan.attention.patterns import PATTERNS
 from longspan.bench import attention
-from longspan.bench.attention import AttentionBenchConfig, combine, read_rows, run_attention_bench, table
-from longspan.bench.attention_cell import Cell, Job, Meeting, Problem, formula_by_rows, measure, solve
-from longspan.bench.exact import formula, make_inputs
+from longspan.bench.attention import AttentionBenchConfig, combine, run_attention_bench, table
+from longspan.bench.attention_cell import Cell, Job, Meeting, Problem, measure, solve
+from longspan.bench.record import key
 from longspan.context.methods import METHODS
 from tests.bench.test_network import mine, missing
 from tests.ranks import run_ranks
@@ -84,17 +83,6 @@ def test_all_methods_are_measured_by_default_and_the_baseline_first(tmp_path) ->
         assert len({cell.problem for cell in cells}) == 1
 
 
-@pytest.mark.parametrize("name", PATTERNS)
-@pytest.mark.parametrize("rows", [7, 512])
-def test_the_answer_by_rows_is_the_formula(name, rows, monkeypatch) -> None:
-    monkeypatch.setattr("longspan.bench.attention_cell._ROWS", rows)
-    problem = Problem(mask=name, length=53, heads=4, kv_heads=2, head_dim=5, dtype="fp64")
-    mask = problem.make_mask()
-    inputs = make_inputs(53, h=4, g=2, d=5, dtype=torch.float64)
-    for by_rows, whole in zip(formula_by_rows(inputs, mask), formula(inputs, mask.dense()), strict=True):
-        torch.testing.assert_close(by_rows, whole, rtol=0, atol=1e-13)
-
-
 def test_a_repetition_takes_as_long_as_its_slowest_rank() -> None:
     slow = {**PART, "forward_s": [3.0, 1.0, 1.0], "added_bytes": 9, "forward_formula_bytes": 50, "excess": 0.4}
     got = combine([PART, slow])
@@ -110,15 +98,6 @@ def test_a_cell_that_is_not_right_has_no_figures() -> None:
     redder = {"status": "red", "reason": "inf times", "excess": float("inf")}
     assert combine([red, redder]) == {"status": "red", "reason": "inf times"}
     assert combine([{"status": "refused", "reason": "no"}] * 2) == {"status": "refused", "reason": "no"}
-
-
-def test_only_good_rows_of_the_same_versions_are_kept(tmp_path) -> None:
-    config, log = small(tmp_path), tmp_path / "attention.jsonl"
-    good, old = row(config, "ring"), {**row(config, "zigzag"), "versions": {"torch": "1"}}
-    failed = {**row(config, "zigzag"), "status": "failed"}
-    log.write_text("".join(json.dumps(line) + "\n" for line in (good, old, failed)) + '{"run": "cut sho')
-    assert list(read_rows(log, {"torch": "2"}).values()) == [good]
-    assert not read_rows(tmp_path / "absent.jsonl", {"torch": "2"})
 
 
 def test_a_ratio_is_taken_within_one_run_only(tmp_path) -> None:
@@ -244,4 +223,4 @@ def test_cells_differ_by_everything_that_changes_the_figure() -> None:
         replace(cell, threads=2),
         replace(cell, problem=replace(problem, seed=1)),
     ]
-    assert len({attention._key(each) for each in (cell, *others)}) == 1 + len(others)
+    assert len({key(asdict(each)) for each in (cell, *others)}) == 1 + len(others)

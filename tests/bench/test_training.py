@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,6 +11,7 @@ import pytest
 import torch
 
 from longspan.bench import training
+from longspan.bench.record import commit
 from longspan.bench.training import run_training_bench, table
 from longspan.context.methods import METHODS
 from longspan.train.launch import Joined
@@ -67,21 +66,11 @@ def test_the_gate_holds_every_loss_to_the_first_listed_ranks(changes, words, tmp
         assert run_training_bench((2, 1), (64,), 1, tmp_path) == 0
         record = json.loads((tmp_path / "training.json").read_text())
         assert [(r["ranks"], r["last_loss"]) for r in record["rows"]] == [(2, 5.25), (1, 5.251)]
-        assert record["commit"] == training.commit()
+        assert record["commit"] == commit()
     else:
         with pytest.raises(ValueError, match=words):
             run_training_bench((2, 1), (64,), 1, tmp_path)
         assert not (tmp_path / "training.json").exists()
-
-
-def test_the_commit_is_that_of_a_checkout_only(tmp_path, monkeypatch) -> None:
-    found = training.commit()
-    assert found is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", found)
-    copy = tmp_path / "training.py"
-    copy.write_text("")
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)  # of somebody who has it installed
-    monkeypatch.setattr(training, "__file__", str(copy))
-    assert training.commit() is None
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path) -> None:

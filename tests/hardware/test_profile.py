@@ -1,4 +1,4 @@
-"""Device profiles: the formula by hand, the published figures they were solved from, and the fit."""
+"""Device profiles: the formula by hand, and the published figures they were solved from."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from longspan.hardware.profile import (
     PROFILES,
     DeviceProfile,
     KernelProfile,
-    Measurement,
     Shape,
-    fit_profile,
     kernel_pairs,
     make_profile,
 )
@@ -92,49 +90,7 @@ def test_presets_survive_json_and_are_below_their_peak(name: str) -> None:
         profile.peak("int8")
 
 
-def measured(device: DeviceProfile, noise: float = 0.0) -> list[Measurement]:
-    rng, rows = np.random.default_rng(0), []
-    for num_q, num_k in [(100, 100), (1000, 100), (100, 1000), (3000, 3000), (500, 4000), (4000, 500), (64, 9000)]:
-        for backward in (False, True):
-            for diagonals in (0, 1) if num_q == num_k else (0,):
-                area = num_q * (num_k + 1) // 2 if diagonals else num_q * num_k
-                shape = [Shape(num_q, num_k, area, diagonals)]
-                time_s = device.kernel_s(shape, heads=3, head_dim=64, dtype="bfloat16", backward=backward)
-                time_s *= 1 + noise * rng.standard_normal()
-                rows.append(Measurement(num_q, num_k, area, time_s, 3, 64, backward, diagonals))
-    return rows
-
-
-def test_the_fit_finds_what_the_measurements_were_made_of() -> None:
-    truth = dataclasses.replace(
-        make_profile("h200"),
-        forward=KernelProfile(efficiency=0.6, row_keys=200, key_rows=30, call_s=2e-5),
-        backward=KernelProfile(efficiency=0.4, row_keys=500, key_rows=0, call_s=3e-5),
-    )
-    fitted = fit_profile(measured(truth), make_profile("h200"), name="mine")
-    assert fitted.name == "mine"
-    for got, expected in ((fitted.forward, truth.forward), (fitted.backward, truth.backward)):
-        assert dataclasses.astuple(got) == pytest.approx(dataclasses.astuple(expected), rel=1e-6, abs=1e-9)
-    noisy = fit_profile(measured(truth, noise=0.02), make_profile("h200"), name="mine")
-    assert noisy.forward.efficiency == pytest.approx(0.6, rel=0.1)
-    assert min(noisy.forward.row_keys, noisy.forward.key_rows, noisy.backward.key_rows, noisy.forward.call_s) >= 0
-
-
-def test_a_direction_that_was_not_measured_stays() -> None:
-    like = make_profile("h200")
-    only = [row for row in measured(TOY_16) if not row.backward]
-    fitted = fit_profile(only, like, name="mine")
-    assert fitted.backward == like.backward and fitted.forward != like.forward
-
-
-TOY_16 = dataclasses.replace(make_profile("h200"), forward=KernelProfile(efficiency=0.3))
-
-
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="needs measurements, got none"):
-        fit_profile([], TOY, name="x")
-    with pytest.raises(ValueError, match="two or more forward measurements, got 1"):
-        fit_profile(measured(TOY_16)[:1], TOY, name="x", dtype="bfloat16")
     with pytest.raises(ValueError, match="efficiency must be positive"):
         KernelProfile(efficiency=0)
     with pytest.raises(ValueError, match="tiles and slots must be positive"):
@@ -146,3 +102,12 @@ def test_refusals() -> None:
     for bad in ("{", "{}", TOY.to_json().replace("efficiency", "speed")):
         with pytest.raises(ValueError, match="device profile must be"):
             DeviceProfile.from_json(bad)
+
+
+def test_a_profile_is_named_or_read_from_a_file(tmp_path) -> None:
+    (tmp_path / "mine.json").write_text(TOY.to_json())
+    (tmp_path / "broken.json").write_text("{")
+    assert make_profile(tmp_path / "mine.json") == make_profile(str(tmp_path / "mine.json")) == TOY
+    for bad in ("broken.json", "absent.json"):
+        with pytest.raises(ValueError, match=rf"no device profile can be read from '.*{bad}': .*; write it anew"):
+            make_profile(tmp_path / bad)

@@ -210,6 +210,34 @@ def block_causal_document(num_tokens: int, *, seed: int = 0, block: int = BLOCK,
     return from_bands(bands, num_tokens)
 
 
+def block_sparse(num_tokens: int, *, block: int, ratio: float, seed: int = 0) -> Mask:
+    """Random blocks of ``block`` x ``block`` tokens, that share ``ratio`` of all; each row of blocks has at least one.
+
+    Not one of the 14: the benchmark measures its block-sparse kernels on such masks. Neighbours in a row are one band.
+
+    Raises:
+        ValueError: block is less than 1, or ratio is not in (0, 1].
+    """
+    if block < 1 or not 0 < ratio <= 1:
+        raise ValueError(f"block must be at least 1 and ratio in (0, 1], got {block} and {ratio}; take 128 and 0.5")
+    size = -(-num_tokens // block)
+    order = np.random.default_rng(seed).random((size, size))
+    chosen = np.zeros(size * size, dtype=bool)
+    chosen[np.argsort(order, axis=None)[: max(size, round(ratio * size * size))]] = True
+    chosen = chosen.reshape(size, size)
+    for row in np.flatnonzero(~chosen.any(axis=1)):
+        # A block moves here from the fullest row, so that the ratio stays.
+        full_row = chosen.sum(axis=1).argmax()
+        chosen[full_row, np.flatnonzero(chosen[full_row])[0]] = False
+        chosen[row, order[row].argmin()] = True
+    bands = []
+    for row, blocks in enumerate(chosen):
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], blocks, [0]]).astype(np.int8)))
+        q0, q1 = row * block, min((row + 1) * block, num_tokens)
+        bands += [rectangle(q0, q1, a * block, min(b * block, num_tokens)) for a, b in edges.reshape(-1, 2).tolist()]
+    return from_bands(bands, num_tokens)
+
+
 PATTERNS: dict[str, Callable[..., Mask]] = {
     "full": full,
     "causal": causal,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -22,20 +21,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from itertools import product
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from longspan import __version__
 from longspan.attention.patterns import PATTERNS
 from longspan.bench.attention_cell import Cell, Job, Problem, solve
 from longspan.bench.network import Host, Network, lab, parse_rate
+from longspan.bench.record import append_row, head, key, now, plain, quartiles, read_rows, versions
 from longspan.context.methods import METHODS, builder
-from longspan.hardware.devices import devices
 
 _START_LIMIT_S = 120.0
 _GRACE_S = 2.0
@@ -234,12 +229,11 @@ def run_attention_bench(config: AttentionBenchConfig) -> int:
     Raises ValueError (NetworkError) where the network cannot be made here.
     """
     config.out.mkdir(parents=True, exist_ok=True)
-    log, run = config.out / "attention.jsonl", datetime.now(UTC).isoformat(timespec="seconds")
-    versions = {"longspan": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    rows = {} if config.fresh else read_rows(log, versions)
+    log, run = config.out / "attention.jsonl", now()
+    rows = {} if config.fresh else read_rows(log, versions())
     wanted = list(config.problems())
     with ExitStack() as stack:
-        missing = [cells for cells in wanted if any(_key(cell) not in rows for cell in cells)]
+        missing = [cells for cells in wanted if any(key(asdict(cell)) not in rows for cell in cells)]
         network = None
         if missing and config.network != "none":
             network = stack.enter_context(lab(config.ranks, config.network, parse_rate(config.rate)))
@@ -252,7 +246,7 @@ def run_attention_bench(config: AttentionBenchConfig) -> int:
                 solve(cells[0].problem, answer)
                 base = None
                 for cell in cells:
-                    if cell.method != config.baseline and _key(cell) in rows:
+                    if cell.method != config.baseline and key(asdict(cell)) in rows:
                         continue
                     try:
                         ranks = ranks or _Ranks(config, network, folder)
@@ -264,45 +258,20 @@ def run_attention_bench(config: AttentionBenchConfig) -> int:
                         if ranks is not None:
                             ranks.close()
                         ranks = None
-                    row = {"run": run, "versions": versions, "cell": asdict(cell), **combine(parts)}
-                    with log.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                    rows[_key(cell)] = row
+                    row = {"run": run, "versions": versions(), "cell": asdict(cell), **combine(parts)}
+                    append_row(log, row)
+                    rows[key(asdict(cell))] = row
                     base = row if cell.method == config.baseline else base
                     print(_line(row, base), flush=True)
         finally:
             if ranks is not None:
                 ranks.close()
-    record = {
-        "suite": "attention",
-        "date": run,
-        "command": "longspan " + " ".join(sys.argv[1:]),
-        "versions": versions,
-        "hardware": [f"{device.kind}: {device.name}" for device in devices()],
-        "config": json.loads(json.dumps(asdict(config), default=str)),
-        "rows": [rows[_key(cell)] for cells in wanted for cell in cells],
-    }
+    found = [rows[key(asdict(cell))] for cells in wanted for cell in cells]
+    record = {**head("attention", run), "config": plain(config), "rows": found}
     (config.out / "attention.json").write_text(json.dumps(record, indent=2) + "\n")
     (config.out / "attention.md").write_text(table(record))
     print(f"results {config.out / 'attention.json'} and {config.out / 'attention.md'}")
     return int(any(row["status"] in ("red", "failed") for row in record["rows"]))
-
-
-def _key(cell: Cell) -> str:
-    return json.dumps(asdict(cell), sort_keys=True)
-
-
-def read_rows(log: Path, versions: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """The last good row of each cell in a log, of the same versions; a line cut short by a crash is no row."""
-    rows: dict[str, dict[str, Any]] = {}
-    for line in log.read_text().splitlines() if log.is_file() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["status"] in ("ok", "refused") and row["versions"] == versions:
-            rows[json.dumps(row["cell"], sort_keys=True)] = row
-    return rows
 
 
 def combine(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -315,7 +284,7 @@ def combine(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     row = {"status": "ok", "method": first["method"], "layout": first["layout"]}
     for kind in ("forward", "both"):
         slowest = [max(times) for times in zip(*(part[f"{kind}_s"] for part in parts), strict=True)]
-        row[f"{kind}_s"] = statistics.quantiles(slowest, n=4, method="inclusive") if len(slowest) > 1 else slowest * 3
+        row[f"{kind}_s"] = quartiles(slowest)
         for how in ("counted", "formula"):
             row[f"{kind}_{how}_bytes"] = [part[f"{kind}_{how}_bytes"] for part in parts]
     row["added_bytes_per_rank"] = [part["added_bytes"] for part in parts]

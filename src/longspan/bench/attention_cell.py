@@ -9,7 +9,6 @@ through a pipe; ranks meet through a file, so that no address need be known.
 from __future__ import annotations
 
 import ctypes
-import gc
 import shutil
 import signal
 import sys
@@ -27,11 +26,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
-from longspan.attention.bands import dense
 from longspan.attention.masks import Mask
 from longspan.attention.patterns import DOCUMENT_PATTERNS, PATTERNS
-from longspan.bench.exact import Inputs, Results, excess, make_inputs
+from longspan.bench.exact import excess, formula_by_rows, make_inputs
 from longspan.bench.network import counters, total
+from longspan.bench.timing import release_memory
 from longspan.context.attend import attend, prepare
 from longspan.context.build import checked_schedule
 from longspan.context.choose import Where, choose_layout
@@ -42,7 +41,6 @@ from longspan.hardware.profile import make_profile
 from longspan.hardware.topology import lab, make_topology
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
-_ROWS = 512  # queries at a time in the exact answer: its memory is linear in the length
 _PR_SET_PDEATHSIG = 1
 
 
@@ -111,51 +109,6 @@ def solve(problem: Problem, path: Path) -> None:
     exact = formula_by_rows(inputs.to(torch.float64), mask)
     plain = exact if dtype == torch.float64 else formula_by_rows(inputs, mask)
     torch.save({"inputs": tuple(inputs), "exact": tuple(exact), "plain": tuple(plain)}, path)
-
-
-def formula_by_rows(inputs: Inputs, mask: Mask) -> Results:
-    """``exact.formula``, some rows at a time: P = softmax(S), dV = P^T dO, dS = P (dO V^T - rowsum(dO O)).
-
-    Sums over rows are taken in float32 at least, as any kernel does. Every row has a key.
-    """
-    q, k, v, dout = (x[0].transpose(0, 1) for x in inputs)  # (h or g) s d
-    share, scale = q.shape[0] // k.shape[0], q.shape[2] ** -0.5
-    sums = torch.promote_types(q.dtype, torch.float32)
-    out, dq = torch.empty_like(q), torch.empty_like(q)
-    dk, dv = torch.zeros_like(k, dtype=sums), torch.zeros_like(v, dtype=sums)
-    for start in range(0, mask.num_tokens, _ROWS):
-        rows = slice(start, min(start + _ROWS, mask.num_tokens))
-        allowed = _allowed(mask, rows)
-        seen = allowed.any(dim=0).nonzero()
-        columns = slice(int(seen[0]), int(seen[-1]) + 1)
-        forbidden = ~allowed[:, columns]
-        for head in range(q.shape[0]):
-            kv = head // share
-            keys, values = k[kv, columns], v[kv, columns]
-            scores = (q[head, rows] @ keys.T * scale).masked_fill_(forbidden, -torch.inf)
-            weights = torch.softmax(scores, dim=-1)
-            out[head, rows] = weights @ values
-            delta = (dout[head, rows] * out[head, rows]).sum(-1, keepdim=True)
-            dscores = weights * (dout[head, rows] @ values.T - delta) * scale
-            dq[head, rows] = dscores @ keys
-            dk[kv, columns] += dscores.T @ q[head, rows]
-            dv[kv, columns] += weights.T @ dout[head, rows]
-    return Results(*(x.to(q.dtype).transpose(0, 1)[None].contiguous() for x in (out, dq, dk, dv)))
-
-
-def _allowed(mask: Mask, rows: slice) -> Tensor:
-    """Some rows of the dense mask, without the others."""
-    shifted = [
-        band._replace(
-            q0=max(band.q0, rows.start) - rows.start,
-            q1=min(band.q1, rows.stop) - rows.start,
-            lo=band.lo + rows.start,
-            hi=band.hi + rows.start,
-        )
-        for band in mask.bands
-        if band.q0 < rows.stop and band.q1 > rows.start
-    ]
-    return torch.from_numpy(dense(shifted, rows.stop - rows.start, mask.num_tokens))
 
 
 class Meeting:
@@ -234,7 +187,7 @@ def measure(job: Job, meeting: Meeting) -> dict[str, Any]:
         "forward_formula_bytes": sent[0],
         "both_formula_bytes": sum(sent),
     }
-    _release_memory()
+    release_memory()
     before = resident_bytes("cpu")
     reset_peak_memory("cpu")
     for name, step in (("forward", forward), ("both", both)):
@@ -244,16 +197,6 @@ def measure(job: Job, meeting: Meeting) -> dict[str, Any]:
     for name, step in (("forward", forward), ("both", both)):
         result[f"{name}_s"] = _times(step, job.repetitions)
     return result
-
-
-def _release_memory() -> None:
-    """What earlier cells have left in the C library's pools goes back to the system, where it is glibc: else the next
-    peak would hide in it."""
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def _count(step: Callable[[], object], meeting: Meeting) -> int:

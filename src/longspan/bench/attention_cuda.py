@@ -31,7 +31,8 @@ from longspan.attention.masks import Mask
 from longspan.bench.attention_cell import Problem
 from longspan.bench.exact import formula, make_inputs
 from longspan.context import attend, attention, prepare, shard, unshard
-from longspan.context.choose import default_layout, here
+from longspan.context.attend import where_of
+from longspan.context.choose import default_layout
 from longspan.context.methods import METHODS, reason_against
 from longspan.context.run import bound
 
@@ -78,7 +79,7 @@ def timed(
         group=group,
         method=method,
         device=q.device,
-        where=here(group.size(), q.device, dtype=q.dtype, head_dim=q.shape[3]),
+        where=where_of(group, q.device, dtype=q.dtype, head_dim=q.shape[3]),
     )
     for repetition in range(repetitions + 2):
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]

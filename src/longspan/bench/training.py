@@ -13,23 +13,18 @@ from __future__ import annotations
 
 import gc
 import json
-import platform
-import shlex
-import statistics
-import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from longspan import __version__
 from longspan.attention import masks
+from longspan.bench.record import head, now, quartiles
 from longspan.context.build import resolve
-from longspan.hardware.devices import devices, peak_memory_bytes, reset_peak_memory, resident_bytes
+from longspan.hardware.devices import peak_memory_bytes, reset_peak_memory, resident_bytes
 from longspan.model.config import DecoderConfig
 from longspan.plan.plan import Plan
 from longspan.train.config import ModelConfig, TrainConfig
@@ -71,14 +66,14 @@ def measure(length: int, steps: int) -> dict[str, Any]:
         times.append(time.perf_counter() - start)
     peak = peak_memory_bytes(joined.device)
     peaks, added = gathered(peak), gathered(max(0, peak - before))
-    quartiles = statistics.quantiles(times[1:], n=4) if steps > 1 else [times[1]] * 3
+    step_s = quartiles(times[1:])
     result = {
         "ranks": world,
         "length": length,
         "method": resolve(masks.causal(length), world, plan.method, None)[0],
         "device": joined.device.type,
-        "step_s": quartiles,
-        "tokens_per_s": length / quartiles[1],
+        "step_s": step_s,
+        "tokens_per_s": length / step_s[1],
         "peak_bytes_per_rank": [int(x) for x in peaks],
         "added_bytes_per_rank": [int(x) for x in added],
         "first_loss": losses[0],
@@ -113,16 +108,7 @@ def run_training_bench(ranks: tuple[int, ...], lengths: tuple[int, ...], steps: 
             _check(row, next((other for other in rows if other["length"] == length), row))
             rows.append(row)
             print(_line(row), flush=True)
-    record = {
-        "suite": "training",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["longspan", "bench", *sys.argv[2:]]),
-        "commit": commit(),
-        "versions": {"longspan": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "hardware": [f"{device.kind}: {device.name}" for device in devices()],
-        "model": bench_model(max(lengths)).to_dict(),
-        "rows": rows,
-    }
+    record = {**head("training", now()), "model": bench_model(max(lengths)).to_dict(), "rows": rows}
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     (out / "training.md").write_text(table(record))
     print(f"results {out / 'training.json'} and {out / 'training.md'}")
@@ -137,20 +123,6 @@ def _check(row: dict[str, Any], base: dict[str, Any]) -> None:
                 f"the loss at {row['ranks']} ranks must equal that at {base['ranks']}, got {name} {row[name]} and "
                 f"{base[name]} at length {row['length']}; no figure was kept"
             )
-
-
-def commit() -> str | None:
-    """The commit of this checkout, with "-dirty" where files differ from it; None for an installed package."""
-    here = Path(__file__)
-    git = ["git", "-C", str(here.parent)]
-    try:
-        # An installed package may lie inside somebody else's checkout: that one does not track this file.
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True, text=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("-dirty" if changed else "")
 
 
 def _line(row: dict[str, Any]) -> str:

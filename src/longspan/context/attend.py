@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -21,8 +22,8 @@ from torch import Tensor
 from longspan.attention.kernels import KERNELS
 from longspan.attention.masks import Mask
 from longspan.context.build import Built, build, resolve
-from longspan.context.choose import Where, here
-from longspan.context.exchange import agree, backend_for, open_lanes
+from longspan.context.choose import Where, here, sizes_of
+from longspan.context.exchange import agree, backend_for, from_rank_0, open_lanes
 from longspan.context.run import Bound, attend, bind, bound, is_bound, release
 from longspan.layout.tokens import Layout
 
@@ -125,8 +126,8 @@ def prepare(
 
     Args: ``mask`` of the global sequence; ``scale`` of the scores, 1/sqrt(head_dim) by default; ``softcap`` c turns
     scores x into c·tanh(x/c); ``device`` of the tensors to come; ``where`` they run, for method "auto" to choose by
-    estimated time (``longspan.context.choose``), else it takes a default of the layout. Equal arguments give the same
-    handle until it is released (``longspan.context.run.release``); nothing else ends it.
+    estimated time (``where_of`` says it for a group), else it takes a default of the layout. Equal arguments give the
+    same handle until it is released (``longspan.context.run.release``); nothing else ends it.
     Raises ValueError, on every rank, where the ranks' masks, schedules or settings differ, and for unknown or unfit
     options.
     """
@@ -158,6 +159,39 @@ def _agree(text: str, group: dist.ProcessGroup | None, device: torch.device | st
         open_lanes(group, torch.device(device), lanes)
 
 
+_KNOWN_WHERE: WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Where]] = WeakKeyDictionary()
+
+
+def where_of(
+    group: dist.ProcessGroup | None, device: torch.device, *, dtype: torch.dtype, head_dim: int, batch: int = 1
+) -> Where:
+    """What the ranks of a group run on, as rank 0 sees it, so that all of them choose the same method.
+
+    Ranks on other hosts may have other profiles saved. Collective at the first call for a group and device, after which
+    wires and device are known; the sizes are this rank's own.
+    Raises ValueError, on every rank, where rank 0 cannot tell, or where some rank is about to do something else.
+    """
+    group = group_in_force(group)
+    world, rank = world_and_rank(group)
+    if group is None or world == 1:
+        return here(world, device, dtype=dtype, head_dim=head_dim, batch=batch)
+    known = _KNOWN_WHERE.setdefault(group, {})
+    if device not in known:
+        # A rank that was given a method compares its schedule now: it must meet a comparison, not a broadcast.
+        _agree("rank 0 says where", group, device)
+        found: Where | str = ""
+        if rank == 0:
+            try:
+                found = here(world, device, dtype=dtype, head_dim=head_dim, batch=batch)
+            except ValueError as error:
+                found = str(error)
+        found = from_rank_0(group, found, device)
+        if isinstance(found, str):
+            raise ValueError(found)
+        known[device] = found
+    return replace(known[device], sizes=sizes_of(dtype, head_dim, batch))
+
+
 def attention(
     q: Float[Tensor, "b l h d"],
     k: Float[Tensor, "b l g d"],
@@ -176,7 +210,7 @@ def attention(
 
     The local tokens are those that ``shard(x, mask, group, method=method, layout=layout)`` gives. Every call compares
     the ranks' masks and schedules (one tiny collective); ``prepare`` and ``attend`` do so once for many layers.
-    Method "auto" takes what should be fastest on these ranks, or on those that ``where`` describes.
+    Method "auto" takes what should be fastest on these ranks, as rank 0 knows them, or on those that ``where`` says.
     Raises ValueError for shapes, methods, layouts or kernels that do not fit, or where ranks disagree.
     """
     if q.ndim != 4 or k.ndim != 4:
@@ -185,7 +219,7 @@ def attention(
         )
     world, _ = world_and_rank(group)
     if method == "auto" and where is None and world > 1:
-        where = here(world, q.device, dtype=q.dtype, head_dim=q.shape[3], batch=q.shape[0])
+        where = where_of(group, q.device, dtype=q.dtype, head_dim=q.shape[3], batch=q.shape[0])
     request = _Request(
         mask=mask,
         num_heads=q.shape[2],

@@ -1,7 +1,8 @@
 """Which layout and which method.
 
 Defaults are pure functions of (mask, ranks, method). What runs on known wires and devices chooses better:
-``choose_method`` estimates every method's time there, ``choose_layout`` the layout's with it.
+``choose_method`` estimates every method's time there, ``choose_layout`` the layout's with it. What is known of this
+machine (``here``) may differ from that of the next one; ``attend.where_of`` has all ranks of a group use rank 0's.
 
 Published methods bring their layout. ``auto`` takes the first of contiguous, zigzag and balanced whose busiest rank has
 hardly more work than the best of the three: the earlier ones have larger blocks, and the same form for every mask.
@@ -13,7 +14,7 @@ import logging
 import math
 import os
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,9 @@ from longspan.context.geometry import Geometry
 from longspan.context.methods import builder, layout_name, reason_against
 from longspan.context.passes import prune_schedule
 from longspan.context.schedule import Sizes
+from longspan.hardware.devices import device_name
 from longspan.hardware.profile import DeviceProfile, make_profile
+from longspan.hardware.saved import profile_path, saved_profile
 from longspan.hardware.topology import Topology, make_topology
 from longspan.layout.tokens import LAYOUTS, Layout, make_layout
 
@@ -71,17 +74,41 @@ _CARDS = {"H200": "h200", "H100": "h100", "H800": "h100", "A100": "a100", "A10":
 _WIRES = {"h200": "h200", "h100": "h100", "a100": "a100", "a10": "a10_pcie"}
 
 
-def here(world: int, device: torch.device, *, dtype: torch.dtype, head_dim: int, batch: int = 1) -> Where:
-    """The presets that fit this job: an unknown card is taken for an H100, ranks on the CPU share this machine."""
-    wide = torch.promote_types(dtype, torch.float32).itemsize
-    sizes = Sizes(batch=batch, head_dim=head_dim, inputs=dtype.itemsize, sums=wide)
+def preset_of(device: torch.device) -> str:
+    """The preset profile that stands for a device: an unknown card is taken for an H100."""
     if device.type != "cuda":
-        return Where(topology=make_topology("gloo", world), device=make_profile("cpu"), sizes=sizes)
-    name = torch.cuda.get_device_name(device)
-    card = next((preset for words, preset in _CARDS.items() if words in name), "h100")
-    if torch.cuda.device_count() < min(world, _gpus_of_a_node()):  # ranks share a card, through host memory
-        return Where(topology=make_topology("gloo", world), device=make_profile(card), sizes=sizes)
-    return Where(topology=make_topology(_WIRES[card], world), device=make_profile(card), sizes=sizes)
+        return "cpu"
+    name = device_name(device)
+    return next((preset for words, preset in _CARDS.items() if words in name), "h100")
+
+
+def here(world: int, device: torch.device, *, dtype: torch.dtype, head_dim: int, batch: int = 1) -> Where:
+    """What this job runs on, as far as this rank can tell: ranks on the CPU are taken to share this machine.
+
+    The device is as a profile saved for it says, else as its preset; which of the two is logged once, at level INFO.
+    Raises ValueError where the saved profile cannot be read.
+    """
+    preset = preset_of(device)
+    saved = saved_profile(device)
+    _say_once(f"as measured in {profile_path(device)}" if saved else f"as the preset {preset!r}", device_name(device))
+    # Ranks that share a card talk through host memory.
+    alone = device.type == "cuda" and torch.cuda.device_count() >= min(world, _gpus_of_a_node())
+    return Where(
+        topology=make_topology(_WIRES[preset] if alone else "gloo", world),
+        device=saved or make_profile(preset),
+        sizes=sizes_of(dtype, head_dim, batch),
+    )
+
+
+def sizes_of(dtype: torch.dtype, head_dim: int, batch: int) -> Sizes:
+    """Sizes of inputs of ``dtype`` and of the sums made of them."""
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    return Sizes(batch=batch, head_dim=head_dim, inputs=dtype.itemsize, sums=wide)
+
+
+@cache
+def _say_once(how: str, name: str) -> None:
+    _log.info("estimates of methods take %s %s", name, how)
 
 
 def _gpus_of_a_node() -> int:

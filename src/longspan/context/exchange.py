@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -143,3 +144,11 @@ def agree(group: dist.ProcessGroup, fingerprint: str, what: str, device: torch.d
         raise ValueError(
             f"all ranks must use one {what}, but ranks {others} differ from rank 0; build it from the same inputs"
         )
+
+
+def from_rank_0(group: dist.ProcessGroup, value: Any, device: torch.device) -> Any:
+    """Rank 0's value (anything that pickles), on every rank; what the others pass is not used. Collective."""
+    where = device if backend_for(group, device) == "nccl" else torch.device("cpu")
+    box = [value]
+    dist.broadcast_object_list(box, group=group, group_src=0, device=where)
+    return box[0]

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from longspan.attention.bands import tighten
 from longspan.attention.masks import Mask, from_bands
-from longspan.context.attend import compare, group_in_force, world_and_rank
+from longspan.context.attend import compare, group_in_force, where_of, world_and_rank
 from longspan.context.build import Built, build, resolve
-from longspan.context.choose import Where, here
+from longspan.context.choose import Where
 from longspan.context.run import Bound, attend, bind, rebind, release
 from longspan.layout.tokens import Layout
 
@@ -159,5 +159,5 @@ class SequenceContext:
         """Attention of the local queries over the whole sequence."""
         del layer  # the same mask for every layer with one window
         if self.where is None and self.method == "auto" and self.world > 1:
-            self.where = here(self.world, q.device, dtype=q.dtype, head_dim=q.shape[3], batch=q.shape[0])
+            self.where = where_of(self.group, q.device, dtype=q.dtype, head_dim=q.shape[3], batch=q.shape[0])
         return attend(q, k, v, self.handle(q.shape[2], k.shape[2], window, scale, softcap))

@@ -86,6 +86,11 @@ def _cpu_name() -> str:
     return next(filter(None, names), platform.processor() or platform.machine() or "CPU")
 
 
+def device_name(device: torch.device) -> str:
+    """What its maker calls a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
 def _host_memory_bytes() -> int:
     total = psutil.virtual_memory().total
     for path in _CGROUP_LIMITS:

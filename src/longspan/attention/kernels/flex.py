@@ -85,7 +85,8 @@ def _block_mask(bands: Bands, num_q: int, num_k: int, device: torch.device) -> A
 
 
 @cache
-def _compiled() -> Callable[..., Any]:
+def compiled() -> Callable[..., Any]:
+    """Torch's flex attention, compiled once for each shape."""
     from torch.nn.attention.flex_attention import flex_attention
 
     # One graph a shape: with dynamic shapes the lowering of torch 2.11 fails.
@@ -143,7 +144,7 @@ class Flex:
         lse = torch.full((b, h, length), -torch.inf, dtype=dtype, device=q.device)
         with torch.no_grad():
             for group in _groups(bands):
-                merge_(out, lse, *_attend(q, k, v, group, scale, softcap, _compiled()))
+                merge_(out, lse, *_attend(q, k, v, group, scale, softcap, compiled()))
         return out, lse
 
     def backward(
@@ -167,7 +168,7 @@ class Flex:
             with torch.cuda.stream(stream):
                 for group in _groups(bands):
                     q_in, k_in, v_in = (x.detach().requires_grad_() for x in (q, k, v))
-                    out, local_lse = _attend(q_in, k_in, v_in, group, scale, softcap, _compiled())
+                    out, local_lse = _attend(q_in, k_in, v_in, group, scale, softcap, compiled())
                     cotangents = local_cotangents(dout, out, local_lse, lse, delta)
                     grads = torch.autograd.grad((out, local_lse), (q_in, k_in, v_in), cotangents)
                     for total, new in zip((dq, dk, dv), grads, strict=True):

@@ -1,0 +1,123 @@
+"""Calibration: a real quick one on the CPU, and that a device made of known costs is found again."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from longspan.attention.bands import rectangle
+from longspan.attention.masks import causal_band
+from longspan.bench import calibrate as calibrating
+from longspan.bench import kernels
+from longspan.bench.calibrate import Calibration, calibrate
+from longspan.bench.kernels import KernelBenchConfig, run_kernel_bench
+from longspan.context.choose import here
+from longspan.hardware.profile import DeviceProfile, KernelProfile, Shape, make_profile
+from longspan.hardware.saved import profile_path, saved_profile
+
+CPU = torch.device("cpu")
+HEADS: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 16}
+
+
+def found(error: float) -> Calibration:
+    return Calibration(make_profile("cpu"), [], [0.0, error, -9 * error])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_real_one_predicts_what_it_measured(dtype: torch.dtype) -> None:
+    said: list[str] = []
+    sizes: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 32, "copy_bytes": 1 << 24, "repetitions": 3}
+    got = calibrate(CPU, dtype, **sizes, sizes=(64, 256, 512), say=said.append)
+    profile = got.profile
+    assert len(got.measurements) == 2 * (9 + 3) == len(got.errors) and len(said) == 24 + 3
+    assert profile.kernel == "cpu_flash" and profile.name in said[-1] and "worst" in said[-1]
+    assert 1e8 < profile.memory_bytes_per_s < 1e13 and 0 <= profile.block_s < 0.1
+    assert got.median_error < 0.5  # the machine may be busy
+    assert profile.peak_flop_per_s[0][0] == str(dtype).removeprefix("torch.")
+    assert DeviceProfile.from_json(profile.to_json()) == profile
+
+
+TRUTH = dataclasses.replace(
+    make_profile("cpu"),
+    forward=KernelProfile(efficiency=0.4, row_keys=60, key_rows=20, call_s=3e-4),
+    backward=KernelProfile(efficiency=0.3, row_keys=30, key_rows=10, call_s=5e-4),
+    memory_bytes_per_s=2e10,
+    block_s=2e-3,
+)
+
+
+class Told:
+    """In place of the measurements: what a device of known costs would take."""
+
+    def __init__(self, kernel, device, dtype, heads, kv_heads, head_dim, repetitions) -> None:
+        self.measured = calibrating.Measurement
+
+    def copy_bytes_per_s(self, num_bytes: int) -> float:
+        return TRUTH.memory_bytes_per_s
+
+    def block_s(self, tokens: int, device: DeviceProfile) -> float:
+        return TRUTH.block_s
+
+    def call(self, band, device: DeviceProfile) -> list:
+        rows, keys = band.q1, band.k1
+        causal = band == causal_band(0, rows) != rectangle(0, rows, 0, keys)
+        area = rows * (rows + 1) // 2 if causal else rows * keys
+        shape = Shape(rows, keys, area, int(causal))
+        return [
+            self.measured(
+                rows,
+                keys,
+                area,
+                TRUTH.kernel_s([shape], heads=2, head_dim=16, dtype="float32", backward=backward),
+                2,
+                16,
+                backward,
+                int(causal),
+            )
+            for backward in (False, True)
+        ]
+
+
+def test_known_costs_are_found_again(monkeypatch) -> None:
+    monkeypatch.setattr(calibrating, "_Bench", Told)
+    got = calibrate(CPU, torch.float32, **HEADS)
+    assert got.median_error < 1e-6
+    for mine, truth in ((got.profile.forward, TRUTH.forward), (got.profile.backward, TRUTH.backward)):
+        assert dataclasses.astuple(mine) == pytest.approx(dataclasses.astuple(truth), rel=1e-4)
+    assert (got.profile.memory_bytes_per_s, got.profile.block_s) == (2e10, 2e-3)
+
+
+def test_widening_is_counted_as_traffic() -> None:
+    bench = calibrating._Bench(None, CPU, torch.bfloat16, 2, 1, 16, 1)  # type: ignore[arg-type]
+    assert bench.widened == 6
+    assert dataclasses.replace(bench, dtype=torch.float32).widened == 0
+
+
+def test_a_kernel_that_profiles_do_not_describe_is_refused() -> None:
+    class Other:
+        name = "reference"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrating, "pick", lambda probe, softcap: Other())
+        with pytest.raises(ValueError, match=r"takes reference; calibrate in another --dtype"):
+            calibrate(CPU, torch.float32, **HEADS)
+
+
+def test_a_good_fit_is_saved_and_a_bad_one_is_not(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    config = KernelBenchConfig(device="cpu", save_profile=True)
+    monkeypatch.setattr(kernels, "calibrate", lambda *args, **options: found(0.16))
+    with pytest.raises(ValueError, match=r"must be at most 15%, got 16.0%"):
+        run_kernel_bench(config)
+    assert saved_profile(CPU) is None
+    mine = dataclasses.replace(make_profile("cpu"), name="mine")
+    monkeypatch.setattr(kernels, "calibrate", lambda *args, **options: found(0.14)._replace(profile=mine))
+    assert run_kernel_bench(config) == 0
+    assert str(profile_path(CPU)) in capsys.readouterr().out
+    assert here(2, CPU, dtype=torch.float32, head_dim=16).device == mine
+    elsewhere = tmp_path / "folder" / "other.json"
+    assert run_kernel_bench(dataclasses.replace(config, profile=elsewhere)) == 0
+    assert make_profile(elsewhere) == mine
