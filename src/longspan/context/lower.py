@@ -159,7 +159,7 @@ class Program:
 
     def peak_bytes(self, sizes: Sizes) -> int:
         """Largest total of live buffers, own inputs and sums included, over the steps."""
-        live = [0] * (len(self.steps) + 1)
+        live = [sum(sizes.of(self.buffers[buffer].piece) for buffer in self.packed)] * (len(self.steps) + 1)
         for buffer in self.buffers:
             size = sizes.of(buffer.piece)
             for step in range(buffer.born, min(buffer.dies, len(self.steps)) + 1):
@@ -456,10 +456,10 @@ def lower(
                 continue
             piece = move.piece
             receive_of[index] = len(receive_of)
-            num_heads, buffer, token = piece.heads[1] - piece.heads[0], None, 0
-            if piece.kind in INPUTS and index not in arrival_of:
+            if index not in arrival_of:
                 arrival_of[index] = state.new(piece, number)
                 state.buffers[arrival_of[index]].dies = move.lands
+            num_heads, buffer, token = piece.heads[1] - piece.heads[0], None, 0
             if piece.kind in INPUTS:
                 buffer = arrival_of[index]
                 token = state.place(buffer, piece.tokens[0][0])
