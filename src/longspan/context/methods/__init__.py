@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from longspan.attention.masks import Mask
-from longspan.context.methods.all_gather import all_gather, mask_aware
+from longspan.context.local import Carry, Direct, Ring
+from longspan.context.methods.all_gather import STAGES, all_gather, mask_aware
 from longspan.context.methods.burst import burst
 from longspan.context.methods.double_ring import double_ring
 from longspan.context.methods.light_seq import light_seq, looks_ahead
@@ -35,7 +36,8 @@ class Method:
     """A method: its schedule and the layout it was published with.
 
     ``build`` takes (layout, query heads, KV heads), and a degree where ``has_degree``. ``reason_against`` says why a
-    mask on a layout cannot be computed, or None.
+    mask on a layout cannot be computed, or None. ``carry`` says how keys travel where queries stay and all heads go
+    together: one rank's part is then made without the whole (``context.local``).
     """
 
     title: str
@@ -43,25 +45,28 @@ class Method:
     layout: str
     build: Callable[..., Schedule]
     has_degree: bool = False
+    carry: Carry | None = None
     reason_against: Callable[[Mask, Layout], str | None] = _no_reason
 
 
 _RING = "Liu, Zaharia, Abbeel 2023, arXiv:2310.01889"
 _UNIFIED = "Li et al. 2023, arXiv:2302.06218 (abstract only; this is USP)"
 METHODS: dict[str, Method] = {
-    "ring": Method(title="Ring Attention", paper=_RING, layout="contiguous", build=ring),
+    "ring": Method(title="Ring Attention", paper=_RING, layout="contiguous", build=ring, carry=Ring(1)),
     "zigzag": Method(
         title="Zigzag ring (balanced for causal masks)",
         paper="zhuzilin/ring-flash-attention; Ring Attention, arXiv:2310.01889",
         layout="zigzag",
         build=zigzag_ring,
+        carry=Ring(1),
     ),
     "striped": Method(
-        title="Striped Attention", paper="Brandon et al. 2023, arXiv:2311.09431", layout="striped", build=striped_ring
+        title="Striped Attention", paper="Brandon et al. 2023, arXiv:2311.09431", layout="striped", build=striped_ring,
+        carry=Ring(1),
     ),
     "descending": Method(
         title="Ring towards lower ranks, which drops keys nobody needs", paper="ours", layout="zigzag",
-        build=descending_ring,
+        build=descending_ring, carry=Ring(-1),
     ),
     "opposing": Method(
         title="KV heads split over two opposing rings", paper="ours", layout="zigzag", build=opposing_rings
@@ -78,12 +83,14 @@ METHODS: dict[str, Method] = {
         paper="Grattafiori et al. 2024 (Llama 3), arXiv:2407.21783",
         layout="zigzag",
         build=all_gather,
+        carry=Direct(0),
     ),
     "mask_aware": Method(
         title="Keys only to ranks whose mask needs them, on a balanced layout",
         paper="ours, after SandAI/MagiAttention",
         layout="balanced",
         build=mask_aware,
+        carry=Direct(STAGES),
     ),
     "ulysses": Method(
         title="DeepSpeed-Ulysses (heads exchanged for tokens)",
@@ -147,6 +154,15 @@ def reason_against(name: str, mask: Mask, layout: Layout) -> str | None:
     """Why a method cannot compute a mask on a layout, or None. Raises ValueError for an unknown method."""
     reasons = (method(part).reason_against(mask, layout) for part in name.split("+"))
     return next((reason for reason in reasons if reason is not None), None)
+
+
+def carries(name: str) -> tuple[Carry, ...]:
+    """How the keys of a method travel, or those of both phases of ``forward+backward``; empty where one does not say.
+
+    Raises ValueError for an unknown method.
+    """
+    found = tuple(carry for part in name.split("+") if (carry := method(part).carry) is not None)
+    return found if len(found) == name.count("+") + 1 else ()
 
 
 def builder(name: str, world: int) -> Build:

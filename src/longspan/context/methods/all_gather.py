@@ -20,7 +20,7 @@ from longspan.context.passes import derived
 from longspan.context.schedule import Block, Move, Phase, Piece, Schedule, ordered
 from longspan.layout.tokens import Layout, even_split
 
-_STAGES = 4  # calls on foreign keys: more hide sends better, fewer compute faster
+STAGES = 4  # calls on foreign keys: more hide sends better, fewer compute faster
 
 
 def all_gather(layout: Layout, num_heads: int, num_kv_heads: int) -> Schedule:
@@ -30,7 +30,7 @@ def all_gather(layout: Layout, num_heads: int, num_kv_heads: int) -> Schedule:
 
 def mask_aware(layout: Layout, num_heads: int, num_kv_heads: int) -> Schedule:
     """Own keys first; the others' arrive in stages, nearest ranks first, and each stage is one call."""
-    return _gather("mask_aware", layout, num_heads, num_kv_heads, stages=min(_STAGES, layout.world - 1))
+    return _gather("mask_aware", layout, num_heads, num_kv_heads, stages=min(STAGES, layout.world - 1))
 
 
 def _gather(name: str, layout: Layout, num_heads: int, num_kv_heads: int, *, stages: int) -> Schedule:

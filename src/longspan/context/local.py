@@ -1,0 +1,216 @@
+"""One rank's part of a pruned schedule, without the list of all ranks' moves: a ring of 1,024 ranks has a million.
+
+Where queries stay and only keys travel, all that pruning, deriving the backward phase and marking complete sums find
+out follows from one table: which atoms of the keys each rank's queries read. On a ring, an atom of owner o travels
+until the last rank on its way that reads it (``last``), so rank r passes on the atoms whose last reader lies beyond r.
+Its gradient starts at the first reader, is joined by every reader's and goes home from the last. Sent straight from
+owner to reader, a move holds what the reader reads, and its gradient goes straight back.
+
+The result equals the projection on the rank of ``passes.prune_schedule`` of the method's global schedule, move by move
+and block by block; the tests hold it to that. Cost: O(ranks × atoms) in numpy, 0.1 s for 1,024 ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from longspan.context.balance import read_positions
+from longspan.context.geometry import Atoms, Geometry, Ranges
+from longspan.context.schedule import Block, Move, Phase, Piece, Schedule, ordered
+from longspan.layout.tokens import even_split
+
+
+class Ring(NamedTuple):
+    """Keys hop from rank r to rank r + up, ``up`` being 1 or -1; their gradient follows them."""
+
+    up: int
+
+
+class Direct(NamedTuple):
+    """Keys go from their owner to each reader, in ``stages`` by distance; 0: in one, own keys joined with it."""
+
+    stages: int
+
+
+Carry = Ring | Direct
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """Who reads what of a mask on a layout, on atoms (see ``geometry``).
+
+    Attributes:
+        cuts: (atoms + 1,) slots.
+        owner: (atoms,) rank.
+        edges: (world + 1,) first atom of each rank.
+        keys: bool (world, atoms): whether some query of the rank reads some key of the atom.
+        queries: bool (world, atoms): whether some query of the atom reads some key of the rank.
+    """
+
+    cuts: np.ndarray
+    owner: np.ndarray
+    edges: np.ndarray
+    keys: np.ndarray
+    queries: np.ndarray
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(atoms,) tokens of each."""
+        return np.diff(self.cuts)
+
+    def ranges(self, some: np.ndarray) -> Ranges:
+        """Joined ranges of slots of sorted atoms."""
+        if not len(some):
+            return ()
+        breaks = np.flatnonzero(np.diff(some) > 1)
+        first, last = some[np.append(0, breaks + 1)], some[np.append(breaks, len(some) - 1)]
+        return tuple(zip(self.cuts[first].tolist(), self.cuts[last + 1].tolist(), strict=True))
+
+
+def reads_of(geometry: Geometry, slots: Iterable[int] = ()) -> Reads:
+    """The reads of a mask on a layout; ``slots`` are further cuts of atoms."""
+    layout = geometry.layout
+    cuts = np.array(sorted({*geometry.cuts, *slots}), dtype=np.int64)
+    edges = np.searchsorted(cuts, layout.offsets)
+    owner = np.repeat(np.arange(layout.world), np.diff(edges))
+    if geometry.step == 1:
+        keys, queries = (_marked(geometry, cuts, of_keys=of_keys) for of_keys in (False, True))
+    else:
+        pairs = Atoms(geometry, cuts.tolist(), (), ()).allowed_pairs()
+        keys = np.stack([pairs[a:b].any(0) for a, b in zip(edges, edges[1:], strict=False)])
+        queries = np.stack([pairs[:, a:b].any(1) for a, b in zip(edges, edges[1:], strict=False)])
+    return Reads(cuts, owner, edges, keys, queries)
+
+
+def _marked(geometry: Geometry, cuts: np.ndarray, *, of_keys: bool) -> np.ndarray:
+    """bool (world, atoms): the atoms that meet the positions which each rank reads, or is read by."""
+    placed = geometry.layout.placed
+    slots, starts = np.array([p.slot for p in placed]), np.array([p.segment.start for p in placed])
+    segment = np.searchsorted(slots, cuts[:-1], "right") - 1
+    first = starts[segment] + cuts[:-1] - slots[segment]
+    by_position = np.argsort(first)
+    begin = first[by_position]
+    rank, start, stop = read_positions(geometry.mask, geometry.layout, of_keys=of_keys)
+    change = np.zeros((geometry.layout.world, len(begin) + 1), np.int32)
+    np.add.at(change, (rank, np.searchsorted(begin, start, "right") - 1), 1)
+    np.add.at(change, (rank, np.searchsorted(begin, stop, "left")), -1)
+    marked = np.empty((len(change), len(begin)), bool)
+    marked[:, by_position] = np.cumsum(change, axis=1)[:, :-1] > 0
+    return marked
+
+
+def local_schedule(
+    name: str, carry: Carry, geometry: Geometry, num_heads: int, num_kv_heads: int, rank: int
+) -> Schedule:
+    """The moves from and to a rank and its blocks, pruned, in the global order."""
+    part = _Part(geometry, reads_of(geometry), (0, num_heads), (0, num_kv_heads), rank)
+    blocks, keys, gradients = part.ring(carry.up) if isinstance(carry, Ring) else part.direct(carry.stages)
+    world = geometry.layout.world
+    if isinstance(carry, Ring):
+        keys.sort(key=lambda move: (move.step, move.src))
+    else:
+        keys = list(ordered(keys, world))
+    backward = Phase(ordered([*keys, *gradients], world), tuple(blocks))
+    return Schedule(name, geometry.layout, num_heads, num_kv_heads, Phase(tuple(keys), tuple(blocks)), backward)
+
+
+Authored = tuple[list[Block], list[Move], list[Move]]  # blocks, moves of keys, moves of their gradients
+
+
+class _Part:
+    """Authors one rank's part."""
+
+    def __init__(
+        self, geometry: Geometry, reads: Reads, heads: tuple[int, int], kv_heads: tuple[int, int], rank: int
+    ) -> None:
+        self.world, self.reads, self.rank = geometry.layout.world, reads, rank
+        self.heads, self.kv_heads = heads, kv_heads
+
+    def _atoms(self, owner: int) -> slice:
+        return slice(self.reads.edges[owner], self.reads.edges[owner + 1])
+
+    def _block(self, step: int, owners: list[int]) -> list[Block]:
+        """The block on the keys of some owners, narrowed to what is allowed; none where nothing is."""
+        reads, own = self.reads, self._atoms(self.rank)
+        k = np.concatenate([np.flatnonzero(reads.keys[self.rank, self._atoms(o)]) + reads.edges[o] for o in owners])
+        q = np.flatnonzero(reads.queries[owners, own].any(0)) + reads.edges[self.rank]
+        if not len(k):
+            return []
+        return [Block(step, self.rank, reads.ranges(q), reads.ranges(np.sort(k)), self.heads)]
+
+    def _move(self, step: int, src: int, dst: int, kind: str, atoms: np.ndarray, *, complete: bool = False) -> Move:
+        piece = Piece(kind, self.reads.ranges(atoms), self.kv_heads)  # pyright: ignore[reportArgumentType]
+        return Move(step, src, dst, piece, complete=complete)
+
+    def ring(self, up: int) -> Authored:
+        """This rank's part of a ring."""
+        reads, world, rank = self.reads, self.world, self.rank
+        # (atoms, world): whether the rank ``hop`` hops after the owner reads the atom.
+        hops = reads.keys[(reads.owner[:, None] + up * np.arange(world)) % world, np.arange(len(reads.owner))[:, None]]
+        last = world - 1 - hops[:, ::-1].argmax(1)
+        last[~hops.any(1)] = 0
+        blocks, keys, gradients = [], [], []
+        for hop in range(world):
+            owner = (rank - up * hop) % world
+            blocks += self._block(hop, [owner])
+            some = self._atoms(owner)
+            first = some.start
+            onward = np.flatnonzero(last[some] > hop) + first
+            if len(onward):
+                keys.append(self._move(hop, rank, (rank + up) % world, "kv", onward))
+            arriving = np.flatnonzero(last[some] >= hop) + first if hop else ()
+            if len(arriving):
+                keys.append(self._move(hop - 1, (rank - up) % world, rank, "kv", arriving))
+            gradients += self._following(hops[some], last[some], first, owner, hop, up)
+        return blocks, keys, gradients
+
+    def _following(
+        self, hops: np.ndarray, last: np.ndarray, first: int, owner: int, own_hop: int, up: int
+    ) -> list[Move]:
+        """Gradients of one owner's keys that this rank, ``own_hop`` hops after it, receives or sends on.
+
+        Atoms that travel equally far go together, over all ranks that read some of them.
+        """
+        found = []
+        for end in dict.fromkeys(last[last > 0].tolist()):  # in the order of the atoms
+            group = np.flatnonzero(last == end)
+            users = np.flatnonzero(hops[group, : end + 1].any(0)[1:]) + 1
+            at = np.searchsorted(users, own_hop) if own_hop else len(users)
+            # Legs from user to user, and from the last one home (hop 0), that touch this rank.
+            stops = [*users.tolist(), 0]
+            mine = [leg for leg in (at - 1, at) if 0 <= leg < len(users) and own_hop in stops[leg : leg + 2]]
+            for leg in mine:
+                hop, following = stops[leg], stops[leg + 1]
+                there = group[hops[group, 1 : hop + 1].any(1)]
+                complete = following == 0 and not hops[group, 0].any()
+                src, dst = (owner + up * hop) % self.world, (owner + up * following) % self.world
+                found.append(self._move(hop + 1, src, dst, "dkv", there + first, complete=complete))
+        return found
+
+    def direct(self, stages: int) -> Authored:
+        """This rank's part of sends from owners to readers."""
+        reads, world, rank = self.reads, self.world, self.rank
+        stages = min(stages, world - 1)
+        readers = reads.keys.sum(0)
+        blocks, keys, gradients = [], [], []
+        if stages:
+            blocks += self._block(0, [rank])
+        first = 1
+        for stage, size in enumerate(even_split(world - 1, stages) if stages else [world - 1]):
+            distances = range(first, first + size)
+            first += size
+            for distance in distances:
+                for owner, reader in (((rank - distance) % world, rank), (rank, (rank + distance) % world)):
+                    some = self._atoms(owner)
+                    read = np.flatnonzero(reads.keys[reader, some]) + some.start
+                    if len(read):
+                        complete = bool((readers[read] == 1).all())
+                        keys.append(self._move(stage, owner, reader, "kv", read))
+                        gradients.append(self._move(stage + 2, reader, owner, "dkv", read, complete=complete))
+            sources = [(rank - distance) % world for distance in distances]
+            blocks += self._block(stage + 1, sources if stages else [*sources, rank])
+        return blocks, keys, gradients
