@@ -112,7 +112,7 @@ class Choice:
         return f"{self.chosen.method}: {1e3 * self.chosen.both_s:.3g} ms estimated, of {', '.join(rows)}"
 
 
-_CANDIDATES = (
+CANDIDATES = (
     "ring", "descending", "opposing", "double_ring", "all_gather", "mask_aware", "ulysses", "staged_ulysses", "usp",
     "token_ring",     "light_seq", "burst",
 )  # fmt: skip
@@ -146,7 +146,7 @@ def _statistics(mask: Mask, layout: Layout) -> tuple[float, ...]:
 
 def _choose(mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int, where: Where) -> Choice:
     geometry, found, free = Geometry(mask, layout), [], []
-    for name in _CANDIDATES:
+    for name in CANDIDATES:
         if reason_against(name, mask, layout) is not None:
             continue
         schedule = prune_schedule(builder(name, layout.world)(layout, num_heads, num_kv_heads), geometry)
