@@ -32,22 +32,25 @@ class Table:
     Attributes:
         world, num_steps, backward: of the phase.
         blocks: (B, 7) step, rank, rows, keys, query heads, KV heads, whether a result for its queries is there already.
-        shapes: (B,) which pieces each block has: blocks on the same queries and keys may share them.
+        num_shapes, shapes: (B,) which pieces each block has: blocks on the same queries and keys may share them.
         pieces: (N, 6) shape, rows, keys, area, diagonals, launches.
         moves: (M, 5) step, src, dst, lands, index among ``KINDS``.
         rows: (M,) tokens × heads of each move.
         complete: (M,) whether it is a complete sum.
+        keeps: whether a forward phase keeps arrivals, without which the method's backward phase cannot be.
     """
 
     world: int
     num_steps: int
     backward: bool
     blocks: np.ndarray
+    num_shapes: int
     shapes: np.ndarray
     pieces: np.ndarray
     moves: np.ndarray
     rows: np.ndarray
     complete: np.ndarray
+    keeps: bool
 
 
 KINDS = ("q", "kv", "do", "o", "dq", "dkv")
@@ -76,16 +79,18 @@ def tabulate(schedule: Schedule, geometry: Geometry, *, backward: bool = False) 
         num_steps=phase.num_steps,
         backward=backward,
         blocks=np.array(rows, dtype=np.int64).reshape(-1, 7),
+        num_shapes=len(phase.blocks),
         shapes=np.arange(len(phase.blocks)),
         pieces=pieces_of([(block.q, block.k) for block in phase.blocks], geometry),
         moves=np.array(moves, dtype=np.int64).reshape(-1, 5),
         rows=np.array(sizes, dtype=np.float64),
         complete=np.array(complete, dtype=bool),
+        keeps=any(move.kept for move in phase.moves),
     )
 
 
-def _runs(unique: list[Ranges], geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 3) row in the block, first position and length of each stretch of ranges, and (u + 1,) where ranges start."""
+def _runs(unique: list[Ranges], geometry: Geometry) -> Runs:
+    """The stretches of consecutive positions of each of some ranges of slots."""
     placed = geometry.layout.placed
     slots = np.array([p.slot for p in placed])
     ends = slots + np.array([p.segment.num_tokens for p in placed])
@@ -145,13 +150,16 @@ def pieces_of(blocks: list[tuple[Ranges, Ranges]], geometry: Geometry) -> np.nda
         return np.zeros((0, 6), np.int64)
     index: dict[Ranges, int] = {}
     pairs = np.array([[index.setdefault(ranges, len(index)) for ranges in block] for block in blocks])
-    return fragments(list(index), pairs, geometry).joined()
+    return fragments(_runs(list(index), geometry), pairs, geometry).joined()
 
 
-def fragments(unique: list[Ranges], pairs: np.ndarray, geometry: Geometry) -> Fragments:
-    """The pieces of bands of blocks; ``pairs`` (n, 2) are the indices in ``unique`` of their queries and keys."""
+Runs = tuple[np.ndarray, np.ndarray]  # (n, 3) row in the block, first position and length; (u + 1,) where sets start
+
+
+def fragments(sets: Runs, pairs: np.ndarray, geometry: Geometry) -> Fragments:
+    """The pieces of bands of blocks; ``pairs`` (n, 2) are which of the ``sets`` are their queries and keys."""
     table = geometry.table
-    runs, edges = _runs(unique, geometry)
+    runs, edges = sets
     num = np.diff(edges)
     # Stretches of queries, then of keys, then the bands that may meet them.
     block, q = _expand(edges[pairs[:, 0]], num[pairs[:, 0]])
@@ -227,7 +235,7 @@ def _joined(rectangles: np.ndarray, same: int, along: int) -> np.ndarray:
     return out
 
 
-class _Kernel(NamedTuple):
+class Kernel(NamedTuple):
     """By shape, for a number of heads: seconds of the calls, whether they are several, their rows and keys."""
 
     seconds: np.ndarray
@@ -236,7 +244,20 @@ class _Kernel(NamedTuple):
     keys: np.ndarray
 
 
-def _kernel(pieces: np.ndarray, num: int, heads: int, device: DeviceProfile, sizes: Sizes, *, backward: bool) -> _Kernel:
+Kernels = dict[tuple[int, int, bool], Kernel]  # by identity of the pieces, heads, backward
+
+
+def kernel_of(
+    pieces: np.ndarray, num: int, heads: int, device: DeviceProfile, sizes: Sizes, known: Kernels, *, backward: bool
+) -> Kernel:
+    """The kernels of ``num`` shapes for some query heads; ``known`` keeps them while the pieces live."""
+    key = id(pieces), heads, backward
+    if key not in known:
+        known[key] = _kernel(pieces, num, heads, device, sizes, backward=backward)
+    return known[key]
+
+
+def _kernel(pieces: np.ndarray, num: int, heads: int, device: DeviceProfile, sizes: Sizes, *, backward: bool) -> Kernel:
     index, launches = pieces[:, 0], pieces[:, 5]
     shape = pieces[:, 1:5].astype(np.float64)
     group = index if device.packed else np.arange(len(index))
@@ -253,23 +274,18 @@ def _kernel(pieces: np.ndarray, num: int, heads: int, device: DeviceProfile, siz
         seconds = np.bincount(index, seconds + (launches - 1) * kernel.call_s, num)
     seconds = np.append(seconds, np.zeros(num - len(seconds)))
     rows, keys = (np.bincount(index, shape[:, axis], num) for axis in (0, 1))
-    return _Kernel(seconds, np.bincount(index, launches, num) > 1, rows, keys)
-
-
-Kernels = dict[tuple[int, int, bool], _Kernel]  # by identity of the pieces, heads, backward
+    return Kernel(seconds, np.bincount(index, launches, num) > 1, rows, keys)
 
 
 def _block_s(table: Table, device: DeviceProfile, sizes: Sizes, known: Kernels) -> np.ndarray:
     """Seconds of every block: kernels, and memory traffic as ``costs`` counts it, less what few blocks need."""
     _, _, rows, keys, heads, kv_heads, again = table.blocks.T
     columns = np.empty((4, len(rows)))
-    num = int(table.shapes.max(initial=-1)) + 1
+    num = table.num_shapes
     for some in np.unique(heads).tolist():
-        key = id(table.pieces), some, table.backward
-        if key not in known:
-            known[key] = _kernel(table.pieces, num, some, device, sizes, backward=table.backward)
+        kernel = kernel_of(table.pieces, num, some, device, sizes, known, backward=table.backward)
         at = heads == some
-        columns[:, at] = np.stack(known[key])[:, table.shapes[at]]
+        columns[:, at] = np.stack(kernel)[:, table.shapes[at]]
     seconds, several, call_rows, call_keys = columns
     wide = max(4, sizes.inputs)
     widen = 0 if wide == sizes.inputs else wide + sizes.inputs
@@ -296,26 +312,51 @@ def _move_bytes(kinds: np.ndarray, rows: np.ndarray, complete: np.ndarray, sizes
     return sizes.batch * rows * per_row
 
 
+def least_s(table: Table, topology: Topology, device: DeviceProfile, sizes: Sizes, known: Kernels) -> float:
+    """A lower bound of ``estimate``: the busiest rank's blocks, and the busiest wire's bytes. Raises as ``estimate``.
+
+    ``known``: kernels' times, which tables that share their pieces share too.
+    """
+    _check_world(table, topology)
+    busy = np.bincount(table.blocks[:, 1], _block_s(table, device, sizes, known), table.world)
+    _, src, dst, _, kind = table.moves.T
+    num_bytes = _move_bytes(kind, table.rows, table.complete, sizes)
+    wires, capacity = _routes(topology)[0][src * table.world + dst], _capacity(topology)
+    used = np.bincount(wires.ravel(), np.repeat(num_bytes, wires.shape[1]), len(capacity)) / capacity
+    return float(max(busy.max(), used.max()))
+
+
+def _check_world(table: Table, topology: Topology) -> None:
+    if topology.num_ranks != table.world:
+        raise ValueError(
+            f"topology {topology.name!r} has {topology.num_ranks} ranks, the schedule {table.world}; "
+            f"make one for {table.world}"
+        )
+
+
+def _capacity(topology: Topology) -> np.ndarray:
+    """Bytes/s of every wire, and of one past the last, which stands for none."""
+    return np.array([wire.bytes_per_s for wire in topology.resources] + [math.inf])
+
+
 def estimate(table: Table, topology: Topology, device: DeviceProfile, sizes: Sizes) -> float:
     """Seconds until the last rank is done.
 
     Raises:
         ValueError: the topology has another number of ranks, or the profile does not know the dtype.
     """
-    return estimate_all([table], topology, device, sizes)[0]
+    return estimate_all([table], topology, device, sizes, {})[0]
 
 
-def estimate_all(tables: list[Table], topology: Topology, device: DeviceProfile, sizes: Sizes) -> list[float]:
+def estimate_all(
+    tables: list[Table], topology: Topology, device: DeviceProfile, sizes: Sizes, known: Kernels
+) -> list[float]:
     """``estimate`` of several tables at once: all take their steps together, each on ranks and wires of its own.
 
-    Raises ValueError as ``estimate``.
+    ``known`` as in ``least_s``. Raises ValueError as ``estimate``.
     """
     for table in tables:
-        if topology.num_ranks != table.world:
-            raise ValueError(
-                f"topology {topology.name!r} has {topology.num_ranks} ranks, the schedule {table.world}; "
-                f"make one for {table.world}"
-            )
+        _check_world(table, topology)
     world, num_steps = topology.num_ranks, max(table.num_steps for table in tables)
     ranks = len(tables) * world
 
@@ -323,7 +364,6 @@ def estimate_all(tables: list[Table], topology: Topology, device: DeviceProfile,
         total = np.bincount(step * ranks + rank, seconds, num_steps * ranks)
         return total.astype(np.float64).reshape(num_steps, ranks)  # of nothing, numpy counts in integers
 
-    known: Kernels = {}
     block_s = np.concatenate([_block_s(table, device, sizes, known) for table in tables])
     first = np.repeat(np.arange(len(tables)) * world, [len(table.blocks) for table in tables])
     blocks = np.concatenate([table.blocks[:, :2] for table in tables])
@@ -343,7 +383,7 @@ def estimate_all(tables: list[Table], topology: Topology, device: DeviceProfile,
     if topology.blocking:
         busy += posted
     routes, caps, latency = (of_pair[pair] for of_pair in _routes(topology))
-    capacity = np.array([wire.bytes_per_s for wire in topology.resources] + [math.inf])
+    capacity = _capacity(topology)
     own_s = num_bytes / caps
     if np.isfinite(caps).any():
         same = (step * len(tables) + number) * world * world + pair

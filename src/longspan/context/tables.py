@@ -15,54 +15,51 @@ from functools import cached_property
 
 import numpy as np
 
-from longspan.context.estimate import KINDS, Table, fragments, pieces_of
+from longspan.context.estimate import KINDS, Kernels, Runs, Table, fragments, kernel_of
 from longspan.context.geometry import Geometry, split_in_two
 from longspan.context.local import Direct, Reads, Ring, reads_of
 from longspan.context.methods import METHODS, default_degree
-from longspan.context.schedule import Kind, kv_heads_of
+from longspan.context.schedule import Kind, Sizes, kv_heads_of
+from longspan.hardware.profile import DeviceProfile
 from longspan.layout.tokens import even_split
+
+JOINT = ("all_gather", "mask_aware", "ulysses", "staged_ulysses", "usp")  # compute on several shards in one call
 
 
 class _Rows:
     """Collects the blocks and moves of one phase."""
 
     def __init__(self) -> None:
-        self.blocks: list[np.ndarray] = []  # (n, 8): those of a table, and an identity of the queries
-        self.shapes: list[np.ndarray] = []
+        self.blocks: list[np.ndarray] = []  # (n, 8): those of a table, but an identity of the queries, and the shape
         self.moves: list[np.ndarray] = []  # (n, 7): those of a table, rows, complete
 
     def block(self, step, rank, rows, keys, heads, kv_heads, queries, shape) -> None:
-        columns = np.broadcast_arrays(step, rank, rows, keys, heads, kv_heads, queries)
-        self.blocks.append(np.stack(columns, -1).reshape(-1, 7))
-        self.shapes.append(np.broadcast_to(shape, np.shape(columns[0])).ravel())
+        """Blocks; those of no key are left out."""
+        self.blocks.append(_filled(3, step, rank, rows, keys, heads, kv_heads, queries, shape))
 
     def move(self, kind: Kind, step, src, dst, rows, *, lands=None, complete=False) -> None:
         """Moves of ``rows`` tokens × heads; those of none are left out."""
         lands = step if lands is None else lands
-        columns = np.stack(np.broadcast_arrays(step, src, dst, lands, KINDS.index(kind), rows, complete), -1)
-        columns = columns.reshape(-1, 7)
-        self.moves.append(columns[columns[:, 5] > 0])
+        self.moves.append(_filled(5, step, src, dst, lands, KINDS.index(kind), rows, complete))
 
-    def table(self, world: int, pieces: np.ndarray, *, backward: bool) -> Table:
-        blocks, shapes = np.concatenate(self.blocks), np.concatenate(self.shapes)
-        some = blocks[:, 3] > 0
-        blocks, shapes = blocks[some], shapes[some]
+    def computed(self, world: int) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks of a table, and their shapes."""
+        blocks = np.concatenate(self.blocks)
         order = np.argsort(blocks[:, 0], kind="stable")
         _, first = np.unique(blocks[order, 6] * world + blocks[order, 1], return_index=True)
         again = np.ones(len(blocks), np.int64)
         again[order[first]] = 0
-        moves = np.concatenate(self.moves)
-        return Table(
-            world=world,
-            num_steps=1 + int(max(moves[:, 3].max(initial=-1), blocks[:, 0].max(initial=-1))),
-            backward=backward,
-            blocks=np.concatenate([blocks[:, :6], again[:, None]], axis=1),
-            shapes=shapes,
-            pieces=pieces,
-            moves=moves[:, :5],
-            rows=moves[:, 5].astype(np.float64),
-            complete=moves[:, 6] > 0,
-        )
+        return np.concatenate([blocks[:, :6], again[:, None]], axis=1), blocks[:, 7]
+
+
+def _filled(which: int, *columns) -> np.ndarray:
+    """(n, columns): columns of one shape, where the one of that number is above 0."""
+    shape = np.broadcast_shapes(*map(np.shape, columns))
+    at = np.nonzero(np.broadcast_to(columns[which], shape))
+    out = np.empty((len(at[0]), len(columns)), np.int64)
+    for number, column in enumerate(columns):
+        out[:, number] = np.broadcast_to(column, shape)[at] if np.ndim(column) else column
+    return out
 
 
 class _Side:
@@ -70,6 +67,8 @@ class _Side:
 
     def __init__(self, reads: Reads, marks: np.ndarray) -> None:
         self.reads, self.marks, self.world = reads, marks, len(marks)
+        self._hops: dict[int, np.ndarray] = {}
+        self._carried: dict[int, np.ndarray] = {}
         self.count = marks.sum(0)  # ranks of the other side that each atom meets
 
     def per_owner(self, columns: np.ndarray) -> np.ndarray:
@@ -94,8 +93,16 @@ class _Side:
 
     def hops(self, up: int) -> np.ndarray:
         """bool (atoms, world): whether the rank so many hops after the owner meets the atom."""
-        rank = (self.reads.owner[:, None] + up * np.arange(self.world)) % self.world
-        return self.marks[rank, np.arange(len(rank))[:, None]]
+        if up not in self._hops:
+            rank = (self.reads.owner[:, None] + up * np.arange(self.world)) % self.world
+            self._hops[up] = self.marks[rank, np.arange(len(rank))[:, None]]
+        return self._hops[up]
+
+    def carried(self, up: int) -> np.ndarray:
+        """(world - 1, owner): tokens that leave the rank so many hops after the owner, since somebody ahead meets them."""
+        if up not in self._carried:
+            self._carried[up] = self.tokens_of(_last(self.hops(up)) > np.arange(self.world - 1)[:, None])
+        return self._carried[up]
 
 
 def _last(hops: np.ndarray) -> np.ndarray:
@@ -117,6 +124,8 @@ class World:
         self.reads = reads_of(geometry)
         self.keys, self.queries = _Side(self.reads, self.reads.keys), _Side(self.reads, self.reads.queries)
         # An identity of a set of atoms is the sum of its random numbers.
+        self.num_shapes = self.world * (self.world + 1)  # no method has more
+        self._group_pieces: dict[int, np.ndarray] = {}
         self.tickets = np.random.default_rng(0).integers(1 << 40, size=len(self.reads.owner))
 
     # Shapes and their pieces of bands
@@ -127,7 +136,8 @@ class World:
         pairs = np.stack(np.nonzero(self.keys.tokens), 1)
         if not len(pairs):
             return np.zeros((0, 6), np.int64)
-        found = fragments([(self.layout.owned(rank),) for rank in range(self.world)], pairs, self.geometry)
+        shards = self._runs(self.reads.owner == np.arange(self.world)[:, None])
+        found = fragments(shards, pairs, self.geometry)
         i, j = pairs[found.block].T
         cuts, sizes, first = self.reads.cuts, self.reads.sizes, np.array(self.layout.offsets)
 
@@ -144,10 +154,25 @@ class World:
     def _joint_pieces(self, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """The pieces of blocks on several shards together, bool (shapes, atoms) each."""
         some = np.flatnonzero(keys.any(1))
-        blocks = [tuple(self.reads.ranges(np.flatnonzero(m[shape])) for m in (queries, keys)) for shape in some]
-        found = pieces_of([(q, k) for q, k in blocks], self.geometry)
+        pairs = np.stack([some, some + len(queries)], 1)
+        found = fragments(self._runs(np.concatenate([queries, keys])), pairs, self.geometry).joined()
         found[:, 0] = some[found[:, 0]]
         return found
+
+    def _runs(self, marks: np.ndarray) -> Runs:
+        """The stretches of consecutive positions of sets of atoms, bool (sets, atoms)."""
+        reads, placed, step = self.reads, self.layout.placed, self.geometry.step
+        slots, starts = np.array([p.slot for p in placed]), np.array([p.segment.start for p in placed])
+        segment = np.searchsorted(slots, reads.cuts[:-1], "right") - 1
+        position = starts[segment] + step * (reads.cuts[:-1] - slots[segment])
+        number, atom = np.nonzero(marks)
+        position, size = position[atom], reads.sizes[atom]
+        follows = (number[1:] == number[:-1]) & (position[1:] == (position + step * size)[:-1])
+        first = np.flatnonzero(np.append(True, ~follows)) if len(number) else np.zeros(0, np.int64)
+        before, edges = np.cumsum(size) - size, np.searchsorted(number[first], np.arange(len(marks) + 1))
+        length = np.add.reduceat(size, first) if len(first) else size
+        row = before[first] - before[np.searchsorted(number, number[first])]
+        return np.stack([row, position[first], length], 1), edges
 
     @cached_property
     def _pair_tickets(self) -> np.ndarray:
@@ -158,15 +183,44 @@ class World:
         queries, shape = self._pair_tickets, self.i * self.world + self.j
         rows.block(step, rank, self.queries.tokens.T, self.keys.tokens, heads, kv_heads, queries, shape)
 
-    def _both(self, forward: _Rows, backward: _Rows, pieces: np.ndarray) -> tuple[Table, Table]:
-        return forward.table(self.world, pieces, backward=False), backward.table(self.world, pieces, backward=True)
+    def least_s(self, device: DeviceProfile, sizes: Sizes, known: Kernels, *, backward: bool) -> float:
+        """A lower bound of any method that computes shard by shard: its ranks' mean time in kernels."""
+        pieces, num = self._pair_pieces, self.num_shapes
+        found = kernel_of(pieces, num, self.heads, device, sizes, known, backward=backward)
+        return float(found.seconds.sum() + device.block_s * np.count_nonzero(found.rows)) / self.world
+
+    def _both(
+        self, forward: _Rows, backward: _Rows, pieces: np.ndarray, *, keeps: bool = False
+    ) -> tuple[Table, Table]:
+        """The two tables. A backward phase without blocks of its own has the forward phase's."""
+        tables, computed = [], (np.zeros((0, 7), np.int64), np.zeros(0, np.int64))
+        for rows in (forward, backward):
+            computed = rows.computed(self.world) if rows.blocks else computed
+            blocks, shapes = computed
+            moves = np.concatenate([np.zeros((0, 7), np.int64), *rows.moves])
+            tables.append(
+                Table(
+                    world=self.world,
+                    num_steps=1 + int(max(moves[:, 3].max(initial=-1), blocks[:, 0].max(initial=-1))),
+                    backward=rows is backward,
+                    blocks=blocks,
+                    num_shapes=self.num_shapes,
+                    shapes=shapes,
+                    pieces=pieces,
+                    moves=moves[:, :5],
+                    rows=moves[:, 5].astype(np.float64),
+                    complete=moves[:, 6] > 0,
+                    keeps=keeps and rows is forward,
+                )
+            )
+        return tables[0], tables[1]
 
     # Moves that several methods have
 
     def _hop(self, rows: _Rows, side: _Side, kinds: tuple[Kind, ...], up: int, heads: int) -> None:
         """Inputs that hop from rank to rank as far as somebody needs them."""
         step, owner = np.indices((self.world - 1, self.world))
-        tokens = side.tokens_of(_last(side.hops(up)) > step[:, :1])
+        tokens = side.carried(up)
         src = (owner + up * step) % self.world
         for kind in kinds:
             rows.move(kind, step, src, (src + up) % self.world, tokens * heads)
@@ -210,8 +264,8 @@ class World:
 
     def ring(self, up: int) -> tuple[Table, Table]:
         forward, backward = _Rows(), _Rows()
-        for rows in (forward, backward):
-            self._ring(rows, up, self.heads, self.kv_heads)
+        self._ring(forward, up, self.heads, self.kv_heads)
+        backward.moves += forward.moves
         self._follow(backward, up, self.kv_heads)
         return self._both(forward, backward, self._pair_pieces)
 
@@ -226,9 +280,9 @@ class World:
         forward, backward = _Rows(), _Rows()
         half = self.kv_heads // 2
         for up, num in ((1, half), (-1, self.kv_heads - half)):
-            for rows in (forward, backward):
-                self._ring(rows, up, num * self.group_size, num)
+            self._ring(forward, up, num * self.group_size, num)
             self._follow(backward, up, num)
+        backward.moves += forward.moves
         return self._both(forward, backward, self._pair_pieces)
 
     def double_ring(self, inner: int) -> tuple[Table, Table]:
@@ -245,13 +299,13 @@ class World:
         window = (w_o + outer[..., None]) % windows * inner
         place = p_o + hop[:-1, None]
         forward, backward = _Rows(), _Rows()
-        for rows in (forward, backward):
-            self._pairs(rows, step, self.i, self.heads, self.kv_heads)
-            at = outer[..., None] * inner + hop[:-1, None]
-            rows.move("kv", at, window + place % inner, window + (place + 1) % inner, tokens * self.kv_heads)
-            far, at = self.keys.tokens_of(across > outer[:-1]), outer[:-1] * inner
-            src, dst = ((w_o + outer[:-1] + more) % windows * inner + p_o for more in (0, 1))
-            rows.move("kv", at, src, dst, far * self.kv_heads, lands=at + inner - 1)
+        self._pairs(forward, step, self.i, self.heads, self.kv_heads)
+        at = outer[..., None] * inner + hop[:-1, None]
+        forward.move("kv", at, window + place % inner, window + (place + 1) % inner, tokens * self.kv_heads)
+        far, at = self.keys.tokens_of(across > outer[:-1]), outer[:-1] * inner
+        src, dst = ((w_o + outer[:-1] + more) % windows * inner + p_o for more in (0, 1))
+        forward.move("kv", at, src, dst, far * self.kv_heads, lands=at + inner - 1)
+        backward.moves += forward.moves
         self._home(backward, step + 1)
         return self._both(forward, backward, self._pair_pieces)
 
@@ -270,19 +324,19 @@ class World:
         own = queries[:, None] & (reads.owner == np.arange(world)[:, None])
         pieces = self._joint_pieces(*(m.reshape(num * world, -1) for m in (own, keys)))
         forward, backward = _Rows(), _Rows()
-        for rows in (forward, backward):
-            tokens = self.queries.tokens_of(queries), (keys * reads.sizes).sum(2)
-            tickets = self.queries.per_owner(queries * self.tickets)
-            rows.block(at, rank, *tokens, self.heads, self.kv_heads, tickets, at * world + rank)
-            self._sent(rows, step - 1)
+        tokens = self.queries.tokens_of(queries), keys @ reads.sizes
+        tickets = self.queries.per_owner(queries * self.tickets)
+        forward.block(at, rank, *tokens, self.heads, self.kv_heads, tickets, at * world + rank)
+        self._sent(forward, step - 1)
+        backward.moves += forward.moves
         self._home(backward, step + 1)
         return self._both(forward, backward, pieces)
 
     def token_ring(self) -> tuple[Table, Table]:
         forward, backward = _Rows(), _Rows()
         step = (self.j - self.i) % self.world
+        self._pairs(forward, step, self.j, self.heads, self.kv_heads)
         for rows, inputs, result in ((forward, ("q",), "o"), (backward, ("q", "do"), "dq")):
-            self._pairs(rows, step, self.j, self.heads, self.kv_heads)
             self._hop(rows, self.queries, inputs, 1, self.heads)
             self._returned(rows, result, step + 1)
         return self._both(forward, backward, self._pair_pieces)
@@ -307,8 +361,8 @@ class World:
         helped = away > self.world // 2
         step, rank = np.where(helped, self.world - away, away), np.where(helped, self.j, self.i)
         forward, backward = _Rows(), _Rows()
+        self._pairs(forward, step, rank, self.heads, self.kv_heads)
         for rows, inputs, result in ((forward, ("q",), "o"), (backward, ("q", "do"), "dq")):
-            self._pairs(rows, step, rank, self.heads, self.kv_heads)
             self._sent(rows, step - 1, ~helped)
             for kind in inputs:
                 rows.move(kind, step - 1, self.i, self.j, self.queries.tokens.T * helped * self.heads)
@@ -331,7 +385,10 @@ class World:
         tickets = self.queries.per_owner(queries * self.tickets).reshape(groups, groups, degree).sum(2).T
         mine = group == np.arange(groups)[:, None]
         joint = queries & mine[:, None], keys[:, None] & mine  # (queries' group, keys' group, atoms)
-        pieces = self._joint_pieces(*(m.reshape(groups * groups, -1) for m in joint))
+        if degree not in self._group_pieces:
+            joined = self._joint_pieces(*(m.reshape(groups * groups, -1) for m in joint))
+            self._group_pieces[degree] = joined
+        pieces = self._group_pieces[degree]
         hops = keys[(group[:, None] + np.arange(groups)) % groups, np.arange(len(group))[:, None]]
         step, source = np.indices((groups - 1, groups))
         passed = self.keys.tokens_of(_last(hops) > step[:, :1]).reshape(groups - 1, groups, degree).sum(2)
@@ -341,8 +398,9 @@ class World:
         forward, backward = _Rows(), _Rows()
         for rows, kind, result in ((forward, "q", "o"), (backward, "do", "dq")):
             wide = [x[:, None] for x in (stage, place, heads, kv_heads)]
-            at = (g - h) % groups + 1 + wide[0]
-            rows.block(at, g * degree + wide[1], q_group, k_group, wide[2], wide[3], tickets, g * groups + h)
+            if rows is forward:
+                at = (g - h) % groups + 1 + wide[0]
+                rows.block(at, g * degree + wide[1], q_group, k_group, wide[2], wide[3], tickets, g * groups + h)
             rows.move(kind, stage, owner, rank, q_tokens * heads * others)
             if rows is forward:
                 rows.move("kv", stage, owner, rank, k_tokens * sent * others)
@@ -353,7 +411,7 @@ class World:
         at = (np.arange(groups)[:, None] - owner // degree) % groups + 2 + dkv_stage[:, None]
         tokens = read * dkv[:, None] * (reader != owner)
         backward.move("dkv", at, reader, owner, tokens, complete=readers & (whole[:, None] > 0))
-        return self._both(forward, backward, pieces)
+        return self._both(forward, backward, pieces, keeps=bool(self.keys.tokens.any()))
 
     def table(self, name: str) -> tuple[Table, Table] | None:
         """Forward and backward tables of a method with its default degree; None for one that has no closed form."""
@@ -391,7 +449,8 @@ def _entries(num_heads: int, degree: int, group_size: int, stages: int) -> np.nd
         uses[start:stop] += 1
     rows, taken = [], 0
     for number, (place, stage, heads, kv) in enumerate(parts):
-        twin = next((n for n, other in enumerate(parts) if other[0] == place and other[3] == kv and n != number), None)
+        beside = (n for n in (number - 1, number + 1) if 0 <= n < len(parts))
+        twin = next((n for n in beside if parts[n][0] == place and parts[n][3] == kv), None)
         taken = 0 if stage == 0 else taken
         sent, taken = kv[1] - max(taken, kv[0]), kv[1]
         mine = twin is None or twin < number  # stages on one range of KV heads send its gradient home together
