@@ -62,7 +62,7 @@ def band_masks(draw) -> Mask:
     s = draw(st.integers(3, 80))
     edges = sorted(draw(st.sets(st.integers(0, s), min_size=2, max_size=7)))
     bands = []
-    for q0, q1 in zip(edges, edges[1:], strict=False):
+    for q0, q1 in itertools.pairwise(edges):
         k0 = draw(st.integers(0, s - 1))
         k1 = draw(st.integers(k0 + 1, s))
         lo = draw(st.integers(-s, s))
@@ -71,9 +71,7 @@ def band_masks(draw) -> Mask:
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    mask=band_masks(), world=st.integers(1, 16), layout_name=st.sampled_from(LAYOUTS), name=st.sampled_from(METHODS)
-)
+@given(mask=band_masks(), world=st.integers(1, 16), layout_name=st.sampled_from(LAYOUTS), name=st.sampled_from(METHODS))
 def test_any_mask(mask: Mask, world: int, layout_name: str, name: str) -> None:
     assert_local_is_projection(name, mask, layout_of(layout_name, mask, world), range(world))
 
@@ -108,10 +106,18 @@ def test_build_is_the_same_as_by_the_whole(name: str) -> None:
 
 
 def test_what_ranks_must_agree_on_is_in_the_digest() -> None:
-    def digest(mask: Mask = masks.causal(90), method: str = "ring", layout: str = "zigzag", h: int = 4, g: int = 2):
+    causal = masks.causal(90)
+
+    def digest(mask: Mask = causal, method: str = "ring", layout: str = "zigzag", h: int = 4, g: int = 2):
         return build(mask, world=9, rank=3, num_heads=h, num_kv_heads=g, method=method, layout=layout).fingerprint
 
-    others = [digest(masks.full(90)), digest(method="descending"), digest(layout="contiguous"), digest(h=8), digest(g=4)]
+    others = [
+        digest(masks.full(90)),
+        digest(method="descending"),
+        digest(layout="contiguous"),
+        digest(h=8),
+        digest(g=4),
+    ]
     assert len({digest(), *others}) == 6
 
 

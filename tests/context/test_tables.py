@@ -61,7 +61,10 @@ def test_tables_equal_those_of_the_schedule(name: str, mask_name: str, layout_na
 
 @settings(max_examples=40, deadline=None)
 @given(
-    mask=band_masks(), world=st.integers(2, 12), layout_name=st.sampled_from(LAYOUTS), heads=st.sampled_from([(8, 2), (3, 1), (6, 6)])
+    mask=band_masks(),
+    world=st.integers(2, 12),
+    layout_name=st.sampled_from(LAYOUTS),
+    heads=st.sampled_from([(8, 2), (3, 1), (6, 6)]),
 )
 def test_any_mask(mask: Mask, world: int, layout_name: str, heads: tuple[int, int]) -> None:
     assert_equal_tables(mask, layout_of(layout_name, mask, world), *heads)

@@ -93,7 +93,8 @@ def _own_schedule(mask: Mask, layout: Layout, method: str, num_heads: int, num_k
     _refuse_unfit(mask, layout, method, num_heads, num_kv_heads)
     geometry = _geometry(mask, layout)
     parts = [
-        local_schedule(method, carry, geometry, num_heads, num_kv_heads, rank) for carry in dict.fromkeys(carries(method))
+        local_schedule(method, carry, geometry, num_heads, num_kv_heads, rank)
+        for carry in dict.fromkeys(carries(method))
     ]
     schedule = replace(parts[0], backward=parts[-1].backward)
     check_own(schedule, geometry, rank, int(areas(mask, layout)[rank]))

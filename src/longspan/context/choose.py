@@ -132,7 +132,8 @@ def choose_method(mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int,
     """The method, or forward and backward methods, with the least estimated time on a layout.
 
     Cached by what masks of a run have in common (length, area, balance, keys to send, each to a few per cent), so that
-    packed documents, whose mask is new in every step, are chosen for once. A pure function of its arguments and of what was asked before: ask in one order on all ranks.
+    packed documents, whose mask is new in every step, are chosen for once. A pure function of its arguments and of what
+    was asked before: ask in one order on all ranks.
     """
     key = (*_statistics(mask, layout), layout.name, layout.world, num_heads, num_kv_heads, where)
     if key not in _chosen:
@@ -173,11 +174,7 @@ class _Search:
     def hopes(self, forward_s: float, backward_s: float) -> bool:
         """Whether a method of at least these times could still be chosen for a phase or for both."""
         both, forward, backward = self.best()
-        return (
-            forward_s < forward.forward_s
-            or backward_s < backward.backward_s
-            or forward_s + backward_s < both.both_s
-        )
+        return forward_s < forward.forward_s or backward_s < backward.backward_s or forward_s + backward_s < both.both_s
 
     def tables(self, name: str) -> tuple[Table, Table] | None:
         """In closed form, or on few ranks from the schedule."""

@@ -12,15 +12,13 @@ and block by block; the tests hold it to that. Cost: O(ranks × atoms) in numpy,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from longspan.context.balance import read_positions
-from longspan.context.geometry import Atoms, Geometry, Ranges
-from longspan.context.schedule import Block, Move, Phase, Piece, Schedule, ordered
+from longspan.context.geometry import Geometry
+from longspan.context.reads import Reads, last_hop, reads_of
+from longspan.context.schedule import Block, Kind, Move, Phase, Piece, Schedule, ordered
 from longspan.layout.tokens import even_split
 
 
@@ -37,70 +35,6 @@ class Direct(NamedTuple):
 
 
 Carry = Ring | Direct
-
-
-@dataclass(frozen=True, slots=True)
-class Reads:
-    """Who reads what of a mask on a layout, on atoms (see ``geometry``).
-
-    Attributes:
-        cuts: (atoms + 1,) slots.
-        owner: (atoms,) rank.
-        edges: (world + 1,) first atom of each rank.
-        keys: bool (world, atoms): whether some query of the rank reads some key of the atom.
-        queries: bool (world, atoms): whether some query of the atom reads some key of the rank.
-    """
-
-    cuts: np.ndarray
-    owner: np.ndarray
-    edges: np.ndarray
-    keys: np.ndarray
-    queries: np.ndarray
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """(atoms,) tokens of each."""
-        return np.diff(self.cuts)
-
-    def ranges(self, some: np.ndarray) -> Ranges:
-        """Joined ranges of slots of sorted atoms."""
-        if not len(some):
-            return ()
-        breaks = np.flatnonzero(np.diff(some) > 1)
-        first, last = some[np.append(0, breaks + 1)], some[np.append(breaks, len(some) - 1)]
-        return tuple(zip(self.cuts[first].tolist(), self.cuts[last + 1].tolist(), strict=True))
-
-
-def reads_of(geometry: Geometry, slots: Iterable[int] = ()) -> Reads:
-    """The reads of a mask on a layout; ``slots`` are further cuts of atoms."""
-    layout = geometry.layout
-    cuts = np.array(sorted({*geometry.cuts, *slots}), dtype=np.int64)
-    edges = np.searchsorted(cuts, layout.offsets)
-    owner = np.repeat(np.arange(layout.world), np.diff(edges))
-    if geometry.step == 1:
-        keys, queries = (_marked(geometry, cuts, of_keys=of_keys) for of_keys in (False, True))
-    else:
-        pairs = Atoms(geometry, cuts.tolist(), (), ()).allowed_pairs()
-        keys = np.stack([pairs[a:b].any(0) for a, b in zip(edges, edges[1:], strict=False)])
-        queries = np.stack([pairs[:, a:b].any(1) for a, b in zip(edges, edges[1:], strict=False)])
-    return Reads(cuts, owner, edges, keys, queries)
-
-
-def _marked(geometry: Geometry, cuts: np.ndarray, *, of_keys: bool) -> np.ndarray:
-    """bool (world, atoms): the atoms that meet the positions which each rank reads, or is read by."""
-    placed = geometry.layout.placed
-    slots, starts = np.array([p.slot for p in placed]), np.array([p.segment.start for p in placed])
-    segment = np.searchsorted(slots, cuts[:-1], "right") - 1
-    first = starts[segment] + cuts[:-1] - slots[segment]
-    by_position = np.argsort(first)
-    begin = first[by_position]
-    rank, start, stop = read_positions(geometry.mask, geometry.layout, of_keys=of_keys)
-    change = np.zeros((geometry.layout.world, len(begin) + 1), np.int32)
-    np.add.at(change, (rank, np.searchsorted(begin, start, "right") - 1), 1)
-    np.add.at(change, (rank, np.searchsorted(begin, stop, "left")), -1)
-    marked = np.empty((len(change), len(begin)), bool)
-    marked[:, by_position] = np.cumsum(change, axis=1)[:, :-1] > 0
-    return marked
 
 
 def local_schedule(
@@ -142,8 +76,8 @@ class _Part:
             return []
         return [Block(step, self.rank, reads.ranges(q), reads.ranges(np.sort(k)), self.heads)]
 
-    def _move(self, step: int, src: int, dst: int, kind: str, atoms: np.ndarray, *, complete: bool = False) -> Move:
-        piece = Piece(kind, self.reads.ranges(atoms), self.kv_heads)  # pyright: ignore[reportArgumentType]
+    def _move(self, step: int, src: int, dst: int, kind: Kind, atoms: np.ndarray, *, complete: bool = False) -> Move:
+        piece = Piece(kind, self.reads.ranges(atoms), self.kv_heads)
         return Move(step, src, dst, piece, complete=complete)
 
     def ring(self, up: int) -> Authored:
@@ -151,8 +85,7 @@ class _Part:
         reads, world, rank = self.reads, self.world, self.rank
         # (atoms, world): whether the rank ``hop`` hops after the owner reads the atom.
         hops = reads.keys[(reads.owner[:, None] + up * np.arange(world)) % world, np.arange(len(reads.owner))[:, None]]
-        last = world - 1 - hops[:, ::-1].argmax(1)
-        last[~hops.any(1)] = 0
+        last = last_hop(hops)
         blocks, keys, gradients = [], [], []
         for hop in range(world):
             owner = (rank - up * hop) % world
@@ -162,8 +95,8 @@ class _Part:
             onward = np.flatnonzero(last[some] > hop) + first
             if len(onward):
                 keys.append(self._move(hop, rank, (rank + up) % world, "kv", onward))
-            arriving = np.flatnonzero(last[some] >= hop) + first if hop else ()
-            if len(arriving):
+            arriving = np.flatnonzero(last[some] >= hop) + first
+            if hop and len(arriving):
                 keys.append(self._move(hop - 1, (rank - up) % world, rank, "kv", arriving))
             gradients += self._following(hops[some], last[some], first, owner, hop, up)
         return blocks, keys, gradients
@@ -178,7 +111,7 @@ class _Part:
         found = []
         for end in dict.fromkeys(last[last > 0].tolist()):  # in the order of the atoms
             group = np.flatnonzero(last == end)
-            users = np.flatnonzero(hops[group, : end + 1].any(0)[1:]) + 1
+            users = np.flatnonzero(np.logical_or.reduce(hops[group, 1 : end + 1], axis=0)) + 1
             at = np.searchsorted(users, own_hop) if own_hop else len(users)
             # Legs from user to user, and from the last one home (hop 0), that touch this rank.
             stops = [*users.tolist(), 0]

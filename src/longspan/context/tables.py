@@ -1,9 +1,9 @@
 """The tables of pruned schedules of all ranks in closed form, without the lists: what choosing a method prices.
 
 Every method moves whole shards over known paths, so that what pruning leaves of a move is the tokens that some rank of
-the path reads, and all of it follows from who reads what (``local.Reads``). Each function here says for one method which
-(step, rank) computes each pair of shards and which (step, src, dst) carries how many tokens, as arrays over the pairs.
-The tables equal those of ``estimate.tabulate`` on the pruned schedule, row by row; the tests hold them to that.
+the path reads, and all of it follows from who reads what (``local.Reads``). Each method here says which (step, rank)
+computes each pair of shards and which (step, src, dst) carries how many tokens, as arrays over the pairs. The tables
+equal those of ``estimate.tabulate`` on the pruned schedule, row by row; the tests hold them to that.
 
 Cost: a millisecond a method for 64 ranks, where the lists take 0.3 to 2 s.
 """
@@ -15,15 +15,22 @@ from functools import cached_property
 
 import numpy as np
 
-from longspan.context.estimate import KINDS, Kernels, Runs, Table, fragments, kernel_of
+from longspan.context.estimate import KINDS, Kernels, Table, kernel_of
 from longspan.context.geometry import Geometry, split_in_two
-from longspan.context.local import Direct, Reads, Ring, reads_of
+from longspan.context.local import Direct, Ring
 from longspan.context.methods import METHODS, default_degree
+from longspan.context.pieces import Runs, fragments
+from longspan.context.reads import Side, last_hop, reads_of
 from longspan.context.schedule import Kind, Sizes, kv_heads_of
 from longspan.hardware.profile import DeviceProfile
 from longspan.layout.tokens import even_split
 
 JOINT = ("all_gather", "mask_aware", "ulysses", "staged_ulysses", "usp")  # compute on several shards in one call
+
+
+# The inputs of queries, and their result, of each phase.
+_FORWARD: tuple[tuple[Kind, ...], Kind] = ("q",), "o"
+_BACKWARD: tuple[tuple[Kind, ...], Kind] = ("q", "do"), "dq"
 
 
 class _Rows:
@@ -37,7 +44,7 @@ class _Rows:
         """Blocks; those of no key are left out."""
         self.blocks.append(_filled(3, step, rank, rows, keys, heads, kv_heads, queries, shape))
 
-    def move(self, kind: Kind, step, src, dst, rows, *, lands=None, complete=False) -> None:
+    def move(self, kind: Kind, step, src, dst, rows, *, lands=None, complete: np.ndarray | bool = False) -> None:
         """Moves of ``rows`` tokens × heads; those of none are left out."""
         lands = step if lands is None else lands
         self.moves.append(_filled(5, step, src, dst, lands, KINDS.index(kind), rows, complete))
@@ -62,54 +69,6 @@ def _filled(which: int, *columns) -> np.ndarray:
     return out
 
 
-class _Side:
-    """One half of the reads, bool (world, atoms) with a rank of the other side first: per shard and along rings."""
-
-    def __init__(self, reads: Reads, marks: np.ndarray) -> None:
-        self.reads, self.marks, self.world = reads, marks, len(marks)
-        self._hops: dict[int, np.ndarray] = {}
-        self._carried: dict[int, np.ndarray] = {}
-        self.count = marks.sum(0)  # ranks of the other side that each atom meets
-
-    def per_owner(self, columns: np.ndarray) -> np.ndarray:
-        """(..., world): sums over each owner's atoms, which are the last axis."""
-        total = np.zeros((*columns.shape[:-1], columns.shape[-1] + 1), columns.dtype)
-        np.cumsum(columns, axis=-1, out=total[..., 1:])
-        return total[..., self.reads.edges[1:]] - total[..., self.reads.edges[:-1]]
-
-    def tokens_of(self, marks: np.ndarray) -> np.ndarray:
-        """(..., world): each owner's tokens in the marked atoms."""
-        return self.per_owner(marks * self.reads.sizes)
-
-    @cached_property
-    def tokens(self) -> np.ndarray:
-        """(world, owner): tokens that meet the rank of the other side."""
-        return self.tokens_of(self.marks)
-
-    @cached_property
-    def alone(self) -> np.ndarray:
-        """bool (world, owner): whether no atom of the two meets a third rank: what is summed there is complete."""
-        return self.per_owner((self.marks & (self.count != 1)).astype(np.int64)) == 0
-
-    def hops(self, up: int) -> np.ndarray:
-        """bool (atoms, world): whether the rank so many hops after the owner meets the atom."""
-        if up not in self._hops:
-            rank = (self.reads.owner[:, None] + up * np.arange(self.world)) % self.world
-            self._hops[up] = self.marks[rank, np.arange(len(rank))[:, None]]
-        return self._hops[up]
-
-    def carried(self, up: int) -> np.ndarray:
-        """(world - 1, owner): tokens that leave the rank so many hops after the owner, since somebody ahead meets them."""
-        if up not in self._carried:
-            self._carried[up] = self.tokens_of(_last(self.hops(up)) > np.arange(self.world - 1)[:, None])
-        return self._carried[up]
-
-
-def _last(hops: np.ndarray) -> np.ndarray:
-    """The last true column of each row; 0 where there is none."""
-    return np.where(hops.any(-1), hops.shape[-1] - 1 - hops[..., ::-1].argmax(-1), 0)
-
-
 class World:
     """A mask on a layout for all ranks, and what the methods' tables share.
 
@@ -122,7 +81,7 @@ class World:
         self.group_size = num_heads // num_kv_heads
         self.i, self.j = np.indices((self.world, self.world))
         self.reads = reads_of(geometry)
-        self.keys, self.queries = _Side(self.reads, self.reads.keys), _Side(self.reads, self.reads.queries)
+        self.keys, self.queries = Side(self.reads, self.reads.keys), Side(self.reads, self.reads.queries)
         # An identity of a set of atoms is the sum of its random numbers.
         self.num_shapes = self.world * (self.world + 1)  # no method has more
         self._group_pieces: dict[int, np.ndarray] = {}
@@ -189,9 +148,7 @@ class World:
         found = kernel_of(pieces, num, self.heads, device, sizes, known, backward=backward)
         return float(found.seconds.sum() + device.block_s * np.count_nonzero(found.rows)) / self.world
 
-    def _both(
-        self, forward: _Rows, backward: _Rows, pieces: np.ndarray, *, keeps: bool = False
-    ) -> tuple[Table, Table]:
+    def _both(self, forward: _Rows, backward: _Rows, pieces: np.ndarray, *, keeps: bool = False) -> tuple[Table, Table]:
         """The two tables. A backward phase without blocks of its own has the forward phase's."""
         tables, computed = [], (np.zeros((0, 7), np.int64), np.zeros(0, np.int64))
         for rows in (forward, backward):
@@ -217,7 +174,7 @@ class World:
 
     # Moves that several methods have
 
-    def _hop(self, rows: _Rows, side: _Side, kinds: tuple[Kind, ...], up: int, heads: int) -> None:
+    def _hop(self, rows: _Rows, side: Side, kinds: tuple[Kind, ...], up: int, heads: int) -> None:
         """Inputs that hop from rank to rank as far as somebody needs them."""
         step, owner = np.indices((self.world - 1, self.world))
         tokens = side.carried(up)
@@ -228,7 +185,7 @@ class World:
     def _follow(self, rows: _Rows, up: int, heads: int) -> None:
         """dkv that hops from reader to reader and home; atoms that travel equally far go together."""
         hops, owner = self.keys.hops(up), self.reads.owner
-        last = _last(hops)
+        last = last_hop(hops)
         order = np.argsort(owner * self.world + last, kind="stable")
         order = order[last[order] > 0]
         if not len(order):
@@ -291,7 +248,7 @@ class World:
         outer, hop = np.arange(windows)[:, None], np.arange(inner)
         rank = (w[:, None, None] + outer) % windows * inner + (p[:, None, None] + hop) % inner
         hops = self.reads.keys[rank, np.arange(len(rank))[:, None, None]]  # (atoms, windows, inner)
-        inside, across = _last(hops), _last(hops.any(2))
+        inside, across = last_hop(hops), last_hop(np.logical_or.reduce(hops, axis=2))
         step = (w_i - w_j) % windows * inner + (p_i - p_j) % inner
         tokens = self.keys.tokens_of(inside.T[:, None, :] > hop[:-1, None])  # (windows, inner - 1, owner)
         owner = np.arange(world)
@@ -336,7 +293,7 @@ class World:
         forward, backward = _Rows(), _Rows()
         step = (self.j - self.i) % self.world
         self._pairs(forward, step, self.j, self.heads, self.kv_heads)
-        for rows, inputs, result in ((forward, ("q",), "o"), (backward, ("q", "do"), "dq")):
+        for rows, (inputs, result) in ((forward, _FORWARD), (backward, _BACKWARD)):
             self._hop(rows, self.queries, inputs, 1, self.heads)
             self._returned(rows, result, step + 1)
         return self._both(forward, backward, self._pair_pieces)
@@ -349,7 +306,7 @@ class World:
         hops = self.queries.hops(1)
         there = np.logical_or.accumulate(hops[:, 1:], axis=1).T  # (hops, atoms) from the first after the owner
         hop, owner = np.indices((self.world - 1, self.world))
-        lacking = there & (hops[:, 0] | (_last(hops) > hop[:, :1] + 1))
+        lacking = there & (hops[:, 0] | (last_hop(hops) > hop[:, :1] + 1))
         tokens, missing = self.queries.tokens_of(there), self.queries.tokens_of(lacking)
         src = (owner + hop + 1) % self.world
         dst = (src + 1) % self.world
@@ -362,7 +319,7 @@ class World:
         step, rank = np.where(helped, self.world - away, away), np.where(helped, self.j, self.i)
         forward, backward = _Rows(), _Rows()
         self._pairs(forward, step, rank, self.heads, self.kv_heads)
-        for rows, inputs, result in ((forward, ("q",), "o"), (backward, ("q", "do"), "dq")):
+        for rows, (inputs, result) in ((forward, _FORWARD), (backward, _BACKWARD)):
             self._sent(rows, step - 1, ~helped)
             for kind in inputs:
                 rows.move(kind, step - 1, self.i, self.j, self.queries.tokens.T * helped * self.heads)
@@ -376,10 +333,12 @@ class World:
         shares = _entries(self.heads, degree, self.group_size, stages)
         place, stage, heads, kv_heads, sent, dkv, dkv_stage, whole = (x[:, None] for x in shares.T)
         group, owner = reads.owner // degree, np.arange(world)
-        keys, queries = (m.reshape(groups, degree, -1).any(1) for m in (reads.keys, reads.queries))
+        keys, queries = (
+            np.logical_or.reduce(m.reshape(groups, degree, -1), axis=1) for m in (reads.keys, reads.queries)
+        )
         read = self.keys.tokens_of(keys)  # (reading group, owner)
         readers = self.keys.per_owner((keys & (keys.sum(0) > 1)).astype(np.int64)) == 0
-        q_tokens, k_tokens = self.queries.tokens_of(queries.any(0)), self.keys.tokens_of(keys.any(0))
+        q_tokens, k_tokens = (self.keys.tokens_of(np.logical_or.reduce(marks, axis=0)) for marks in (queries, keys))
         q_group = self.queries.tokens_of(queries).reshape(groups, groups, degree).sum(2).T  # (queries', keys')
         k_group = read.reshape(groups, groups, degree).sum(2)
         tickets = self.queries.per_owner(queries * self.tickets).reshape(groups, groups, degree).sum(2).T
@@ -391,17 +350,17 @@ class World:
         pieces = self._group_pieces[degree]
         hops = keys[(group[:, None] + np.arange(groups)) % groups, np.arange(len(group))[:, None]]
         step, source = np.indices((groups - 1, groups))
-        passed = self.keys.tokens_of(_last(hops) > step[:, :1]).reshape(groups - 1, groups, degree).sum(2)
+        passed = self.keys.tokens_of(last_hop(hops) > step[:, :1]).reshape(groups - 1, groups, degree).sum(2)
         g, h = np.indices((groups, groups))
         rank = owner // degree * degree + place  # (entries, owner): who has the owner's tokens for a share of the heads
         others = rank != owner
         forward, backward = _Rows(), _Rows()
-        for rows, kind, result in ((forward, "q", "o"), (backward, "do", "dq")):
+        for rows, (inputs, result) in ((forward, _FORWARD), (backward, _BACKWARD)):
             wide = [x[:, None] for x in (stage, place, heads, kv_heads)]
             if rows is forward:
                 at = (g - h) % groups + 1 + wide[0]
                 rows.block(at, g * degree + wide[1], q_group, k_group, wide[2], wide[3], tickets, g * groups + h)
-            rows.move(kind, stage, owner, rank, q_tokens * heads * others)
+            rows.move(inputs[-1], stage, owner, rank, q_tokens * heads * others)
             if rows is forward:
                 rows.move("kv", stage, owner, rank, k_tokens * sent * others)
             src, dst = ((source + step + more) % groups * degree + wide[1] for more in (0, 1))
@@ -455,7 +414,5 @@ def _entries(num_heads: int, degree: int, group_size: int, stages: int) -> np.nd
         sent, taken = kv[1] - max(taken, kv[0]), kv[1]
         mine = twin is None or twin < number  # stages on one range of KV heads send its gradient home together
         complete = bool((uses[slice(*kv)] == (1 if twin is None else 2)).all())
-        rows.append(
-            (place, stage, heads[1] - heads[0], kv[1] - kv[0], sent, (kv[1] - kv[0]) * mine, stage, complete)
-        )
+        rows.append((place, stage, heads[1] - heads[0], kv[1] - kv[0], sent, (kv[1] - kv[0]) * mine, stage, complete))
     return np.array(rows, dtype=np.int64).reshape(-1, 8)
