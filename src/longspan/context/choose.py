@@ -21,7 +21,7 @@ import torch
 
 from longspan.attention.masks import Mask
 from longspan.context.balance import balanced, bytes_fraction, imbalance
-from longspan.context.estimate import Kernels, Table, estimate_all, least_s, tabulate
+from longspan.context.estimate import Known, Table, estimate_all, least_s, tabulate
 from longspan.context.geometry import Geometry
 from longspan.context.methods import builder, layout_name, reason_against
 from longspan.context.passes import prune_schedule
@@ -158,7 +158,7 @@ class _Search:
     def __init__(self, mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int, where: Where) -> None:
         self.geometry, self.heads, self.where = Geometry(mask, layout), (num_heads, num_kv_heads), where
         self.world = World(self.geometry, *self.heads)
-        self.known: Kernels = {}
+        self.known = Known()
         self.found: list[Candidate] = []
         self.bound: set[str] = set()  # methods whose backward phase needs what their forward phase keeps
 

@@ -99,17 +99,22 @@ class Kernel(NamedTuple):
     keys: np.ndarray
 
 
-Kernels = dict[tuple[int, int, bool], Kernel]  # by identity of the pieces, heads, backward
+class Known:
+    """What is known of tables on one device, by identity; holds the tables, so that no other takes their identity."""
+
+    def __init__(self) -> None:
+        self.kernels: dict[tuple[int, int, bool], tuple[np.ndarray, Kernel]] = {}  # by pieces, heads, backward
+        self.block_s: dict[int, tuple[Table, np.ndarray]] = {}  # by table
 
 
 def kernel_of(
-    pieces: np.ndarray, num: int, heads: int, device: DeviceProfile, sizes: Sizes, known: Kernels, *, backward: bool
+    pieces: np.ndarray, num: int, heads: int, device: DeviceProfile, sizes: Sizes, known: Known, *, backward: bool
 ) -> Kernel:
-    """The kernels of ``num`` shapes for some query heads; ``known`` keeps them while the pieces live."""
+    """The kernels of ``num`` shapes for some query heads."""
     key = id(pieces), heads, backward
-    if key not in known:
-        known[key] = _kernel(pieces, num, heads, device, sizes, backward=backward)
-    return known[key]
+    if key not in known.kernels:
+        known.kernels[key] = pieces, _kernel(pieces, num, heads, device, sizes, backward=backward)
+    return known.kernels[key][1]
 
 
 def _kernel(pieces: np.ndarray, num: int, heads: int, device: DeviceProfile, sizes: Sizes, *, backward: bool) -> Kernel:
@@ -132,8 +137,15 @@ def _kernel(pieces: np.ndarray, num: int, heads: int, device: DeviceProfile, siz
     return Kernel(seconds, np.bincount(index, launches, num) > 1, rows, keys)
 
 
-def _block_s(table: Table, device: DeviceProfile, sizes: Sizes, known: Kernels) -> np.ndarray:
-    """Seconds of every block: kernels, and memory traffic as ``costs`` counts it, less what few blocks need."""
+def _block_s(table: Table, device: DeviceProfile, sizes: Sizes, known: Known) -> np.ndarray:
+    """Seconds of every block."""
+    if id(table) not in known.block_s:
+        known.block_s[id(table)] = table, _new_block_s(table, device, sizes, known)
+    return known.block_s[id(table)][1]
+
+
+def _new_block_s(table: Table, device: DeviceProfile, sizes: Sizes, known: Known) -> np.ndarray:
+    """Kernels, and memory traffic as ``costs`` counts it, less what few blocks need."""
     _, _, rows, keys, heads, kv_heads, again = table.blocks.T
     columns = np.empty((4, len(rows)))
     num = table.num_shapes
@@ -167,10 +179,10 @@ def _move_bytes(kinds: np.ndarray, rows: np.ndarray, complete: np.ndarray, sizes
     return sizes.batch * rows * per_row
 
 
-def least_s(table: Table, topology: Topology, device: DeviceProfile, sizes: Sizes, known: Kernels) -> float:
+def least_s(table: Table, topology: Topology, device: DeviceProfile, sizes: Sizes, known: Known) -> float:
     """A lower bound of ``estimate``: the busiest rank's blocks, and the busiest wire's bytes. Raises as ``estimate``.
 
-    ``known``: kernels' times, which tables that share their pieces share too.
+    ``known`` is for one device and sizes; tables that share pieces share their kernels' times there.
     """
     _check_world(table, topology)
     busy = np.bincount(table.blocks[:, 1], _block_s(table, device, sizes, known), table.world)
@@ -200,11 +212,11 @@ def estimate(table: Table, topology: Topology, device: DeviceProfile, sizes: Siz
     Raises:
         ValueError: the topology has another number of ranks, or the profile does not know the dtype.
     """
-    return estimate_all([table], topology, device, sizes, {})[0]
+    return estimate_all([table], topology, device, sizes, Known())[0]
 
 
 def estimate_all(
-    tables: list[Table], topology: Topology, device: DeviceProfile, sizes: Sizes, known: Kernels
+    tables: list[Table], topology: Topology, device: DeviceProfile, sizes: Sizes, known: Known
 ) -> list[float]:
     """``estimate`` of several tables at once: all take their steps together, each on ranks and wires of its own.
 

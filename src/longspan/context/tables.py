@@ -15,13 +15,14 @@ from functools import cached_property
 
 import numpy as np
 
-from longspan.context.estimate import KINDS, Kernels, Table, kernel_of
-from longspan.context.geometry import Geometry, split_in_two
+from longspan.context.estimate import KINDS, Known, Table, kernel_of
+from longspan.context.geometry import Geometry
 from longspan.context.local import Direct, Ring
 from longspan.context.methods import METHODS, default_degree
+from longspan.context.methods.ulysses import head_shares
 from longspan.context.pieces import Runs, fragments
 from longspan.context.reads import Side, last_hop, reads_of
-from longspan.context.schedule import Kind, Sizes, kv_heads_of
+from longspan.context.schedule import Kind, Sizes
 from longspan.hardware.profile import DeviceProfile
 from longspan.layout.tokens import even_split
 
@@ -142,7 +143,7 @@ class World:
         queries, shape = self._pair_tickets, self.i * self.world + self.j
         rows.block(step, rank, self.queries.tokens.T, self.keys.tokens, heads, kv_heads, queries, shape)
 
-    def least_s(self, device: DeviceProfile, sizes: Sizes, known: Kernels, *, backward: bool) -> float:
+    def least_s(self, device: DeviceProfile, sizes: Sizes, known: Known, *, backward: bool) -> float:
         """A lower bound of any method that computes shard by shard: its ranks' mean time in kernels."""
         pieces, num = self._pair_pieces, self.num_shapes
         found = kernel_of(pieces, num, self.heads, device, sizes, known, backward=backward)
@@ -330,7 +331,7 @@ class World:
     def exchange(self, degree: int, stages: int = 1) -> tuple[Table, Table]:
         """USP, and Ulysses where one group has all ranks, in one or two stages."""
         world, reads, groups = self.world, self.reads, self.world // degree
-        shares = _entries(self.heads, degree, self.group_size, stages)
+        shares = head_shares(self.heads, degree, self.group_size, stages)
         place, stage, heads, kv_heads, sent, dkv, dkv_stage, whole = (x[:, None] for x in shares.T)
         group, owner = reads.owner // degree, np.arange(world)
         keys, queries = (
@@ -391,28 +392,3 @@ class World:
             "usp": lambda: self.exchange(degree),
         }
         return found[name]() if name in found else None
-
-
-def _entries(num_heads: int, degree: int, group_size: int, stages: int) -> np.ndarray:
-    """The shares of the heads that places of a group take, stage by stage: (n, 8) place, stage, heads, KV heads,
-    KV heads sent for it, KV heads whose gradient goes home after it, the stage of that, whether that is complete.
-    """
-    parts, first = [], 0
-    for place, size in enumerate(even_split(num_heads, degree)):
-        share = first, first + size
-        first += size
-        halves = [half for half in (split_in_two(share) if stages == 2 else (share,)) if half[0] < half[1]]
-        parts += [(place, stage, half, kv_heads_of(half, group_size)) for stage, half in enumerate(halves)]
-    uses = np.zeros(num_heads // group_size, np.int64)
-    for *_, (start, stop) in parts:
-        uses[start:stop] += 1
-    rows, taken = [], 0
-    for number, (place, stage, heads, kv) in enumerate(parts):
-        beside = (n for n in (number - 1, number + 1) if 0 <= n < len(parts))
-        twin = next((n for n in beside if parts[n][0] == place and parts[n][3] == kv), None)
-        taken = 0 if stage == 0 else taken
-        sent, taken = kv[1] - max(taken, kv[0]), kv[1]
-        mine = twin is None or twin < number  # stages on one range of KV heads send its gradient home together
-        complete = bool((uses[slice(*kv)] == (1 if twin is None else 2)).all())
-        rows.append((place, stage, heads[1] - heads[0], kv[1] - kv[0], sent, (kv[1] - kv[0]) * mine, stage, complete))
-    return np.array(rows, dtype=np.int64).reshape(-1, 8)

@@ -18,6 +18,8 @@ the ring as there. Memory: q, k and v of the group for a share of the heads, kep
 
 from __future__ import annotations
 
+import numpy as np
+
 from longspan.context.geometry import Range, Ranges, normalise, split_in_two
 from longspan.context.passes import derived
 from longspan.context.schedule import Block, Move, Phase, Piece, Schedule, kv_heads_of, ordered
@@ -63,6 +65,31 @@ def _shares(num_heads: int, parts: int) -> list[Range]:
         shares.append((first, first + size))
         first += size
     return shares
+
+
+def head_shares(num_heads: int, degree: int, group_size: int, stages: int) -> np.ndarray:
+    """The shares of the heads that places of a group take, stage by stage: (n, 8) place, stage, heads, KV heads,
+    KV heads sent for it, KV heads whose gradient goes home after it, the stage of that, whether that is complete.
+    """
+    parts, first = [], 0
+    for place, size in enumerate(even_split(num_heads, degree)):
+        share = first, first + size
+        first += size
+        halves = [half for half in (split_in_two(share) if stages == 2 else (share,)) if half[0] < half[1]]
+        parts += [(place, stage, half, kv_heads_of(half, group_size)) for stage, half in enumerate(halves)]
+    uses = np.zeros(num_heads // group_size, np.int64)
+    for *_, (start, stop) in parts:
+        uses[start:stop] += 1
+    rows, taken = [], 0
+    for number, (place, stage, heads, kv) in enumerate(parts):
+        beside = (n for n in (number - 1, number + 1) if 0 <= n < len(parts))
+        twin = next((n for n in beside if parts[n][0] == place and parts[n][3] == kv), None)
+        taken = 0 if stage == 0 else taken
+        sent, taken = kv[1] - max(taken, kv[0]), kv[1]
+        mine = twin is None or twin < number  # stages on one range of KV heads send its gradient home together
+        complete = bool((uses[slice(*kv)] == (1 if twin is None else 2)).all())
+        rows.append((place, stage, heads[1] - heads[0], kv[1] - kv[0], sent, (kv[1] - kv[0]) * mine, stage, complete))
+    return np.array(rows, dtype=np.int64).reshape(-1, 8)
 
 
 def _exchange(name: str, layout: Layout, num_heads: int, num_kv_heads: int, degree: int) -> Schedule:
