@@ -11,7 +11,7 @@ import pytest
 
 from longspan.attention import masks
 from longspan.attention.bands import total_area
-from longspan.context.estimate import estimate, tabulate
+from longspan.context.estimate import Known, estimate, estimate_all, least_s, tabulate
 from longspan.context.geometry import Geometry
 from longspan.context.schedule import Move, Phase, Piece, Sizes
 from longspan.context.simulate import simulate
@@ -135,3 +135,17 @@ def test_refusals() -> None:
         estimate(table, lab("port", 3, 1e6), UNIT, SIZES)
     with pytest.raises(ValueError, match="2, 4 or 8 bytes"):
         estimate(table, lab("port", 2, 1e6), UNIT, dataclasses.replace(SIZES, inputs=1))
+
+
+def test_what_is_known_of_a_table_is_never_taken_for_another_s() -> None:
+    """Times are kept by identity, which Python gives to a new array once the old one is gone."""
+    topology, device = make_topology("h200", 4), make_profile("h200")
+    known = Known()
+    for size in range(40, 120, 4):
+        schedule, geometry = pruned("ring", masks.causal(size), 4, 2, 1)
+        table = tabulate(schedule, geometry)
+        bound = least_s(table, topology, device, Sizes(), known)
+        (time_s,) = estimate_all([table], topology, device, Sizes(), known)
+        assert bound == least_s(table, topology, device, Sizes(), Known())
+        assert time_s == estimate(table, topology, device, Sizes()) >= bound
+        del table

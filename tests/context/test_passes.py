@@ -286,7 +286,8 @@ def test_sizes() -> None:
 
 def _live(worker: Worker, messages: list[Tensor]) -> int:
     storages = {}
-    for tensor in (*messages, *(t for record in worker.records.values() for t in record)):
+    held = (t for record in worker.records.values() for t in record)
+    for tensor in (*messages, *worker.flats.values(), *held):
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(storages.values())
 
@@ -303,7 +304,10 @@ def _peaks(programs: list[Program], workers: list[Worker]) -> list[int]:
         for rank, (program, worker, arrivals) in enumerate(zip(programs, workers, pending, strict=True)):
             step = program.steps[number]
             for receive in step.receives:
-                arrivals.append((receive, queues[receive.peer, rank, receive.lane].popleft()))
+                flat = worker.incoming(receive).copy_(queues[receive.peer, rank, receive.lane].popleft())
+                arrivals.append((receive, flat))
+            for fill in step.fills:
+                worker.fill(fill)
             for compute in step.computes:
                 worker.compute(compute)
             peaks[rank] = max(peaks[rank], _live(worker, [arrival[1] for arrival in arrivals if arrival]))

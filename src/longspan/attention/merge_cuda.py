@@ -3,6 +3,8 @@
 Triton; imported by ``attention.merge`` where a merge has CUDA tensors, so that machines without it need not have it.
 """
 
+# Triton comes with CUDA builds of torch only.
+# pyright: reportMissingImports=false, reportIndexIssue=false
 from __future__ import annotations
 
 import triton

@@ -119,10 +119,11 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         mask = problem.make_mask()
         draw = torch.Generator("cuda").manual_seed(0)
-        inputs = tuple(
+        q, k, v, dout = (
             torch.randn(1, options.length, n, options.head_dim, generator=draw, device="cuda", dtype=torch.bfloat16)
             for n in (options.heads, kv_heads, kv_heads, options.heads)
         )
+        inputs = q, k, v, dout
         settings = Settings(pick(inputs[0], softcap=None), options.head_dim**-0.5, None)
         alone = single(inputs, mask, settings, options.repetitions)
         for method in options.methods:

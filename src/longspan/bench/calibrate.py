@@ -204,15 +204,16 @@ class _Bench:
             return Worker(program, [(q,), (k, v)], Settings(kernel, self.head_dim**-0.5, None))
 
         receives = [receive for step in program.steps for receive in step.receives]
-        arrivals = [(receive, worker(self.kernel).incoming(receive).zero_()) for receive in receives]
+        arrivals = {receive.buffer: worker(self.kernel).incoming(receive).zero_() for receive in receives}
 
         def blocks(kernel: Kernel) -> None:
             rank = worker(kernel)
             for step in program.steps:
+                for receive in step.receives:
+                    assert receive.buffer is not None
+                    rank.hold(receive.buffer, arrivals[receive.buffer])
                 for compute in step.computes:
                     rank.compute(compute)
-                for landing in step.landings:
-                    rank.arrive(*arrivals[landing.receive], landing.write)
                 rank.free(step.frees)
 
         kept = _Kept(self.kernel)

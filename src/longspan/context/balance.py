@@ -109,7 +109,7 @@ def needed(mask: Mask, layout: Layout) -> tuple[Ranges, ...]:
     """
     _same_length(mask, layout)
     runs = _runs(layout)
-    rank, starts, stops = _read(mask, runs)
+    rank, starts, stops = _read(_table(mask), runs, mask.num_tokens)
     by_position = runs[np.argsort(runs[:, 1], kind="stable")]
     slot_of = layout.slots[by_position[:, 1]]
     item, run = _overlapping(starts, stops, by_position[:, 1])
@@ -120,6 +120,19 @@ def needed(mask: Mask, layout: Layout) -> tuple[Ranges, ...]:
     edges = np.searchsorted(rank, np.arange(layout.world + 1)).tolist()
     ranges = list(zip(starts.tolist(), stops.tolist(), strict=True))
     return tuple(tuple(ranges[a:b]) for a, b in pairwise(edges))
+
+
+def read_positions(mask: Mask, layout: Layout, *, of_keys: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The positions of the keys that each rank's queries read, or of the queries that read each rank's keys.
+
+    Returns (rank, start, stop) arrays, sorted, disjoint within a rank. Raises ValueError where the lengths differ.
+    """
+    _same_length(mask, layout)
+    table = _table(mask)
+    if of_keys:
+        q0, q1, k0, k1, lo, hi = table.T
+        table = np.stack([k0, k1, q0, q1, -hi, -lo], axis=1)
+    return _read(table, _runs(layout), mask.num_tokens)
 
 
 def _same_length(mask: Mask, layout: Layout) -> None:
@@ -226,20 +239,19 @@ def _joined(rank: np.ndarray, starts: np.ndarray, stops: np.ndarray, num_tokens:
     return rank, begin[new] - rank * (num_tokens + 1), end[last] - rank * (num_tokens + 1)
 
 
-def _read(mask: Mask, runs: np.ndarray):
+def _read(table: np.ndarray, runs: np.ndarray, num_tokens: int):
     """The positions that each rank's queries read: (rank, start, stop), sorted, disjoint within a rank."""
     runs = runs[np.argsort(runs[:, 1], kind="stable")]
-    table = _table(mask)
     band, run = _overlapping(table[:, 0], table[:, 1], runs[:, 1])
     q0, q1, k0, k1, lo, hi = table[band].T
     rank, start, num = runs[run].T
     # Consecutive rows of a tight band read one interval, so the first and the last row say all.
     first, last = np.maximum(q0, start), np.minimum(q1, start + num)
-    return _joined(rank, np.maximum(k0, first + lo), np.minimum(k1, last + hi), mask.num_tokens)
+    return _joined(rank, np.maximum(k0, first + lo), np.minimum(k1, last + hi), num_tokens)
 
 
 def _foreign(mask: Mask, runs: np.ndarray, world: int) -> np.ndarray:
-    rank, starts, stops = _read(mask, runs)
+    rank, starts, stops = _read(_table(mask), runs, mask.num_tokens)
     received = np.zeros(world, np.int64)
     if not len(rank):
         return received

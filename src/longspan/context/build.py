@@ -1,25 +1,37 @@
-"""From a mask to lowered programs: derive, prune, check, lower. Pure and picklable, so a data worker can do it."""
+"""From a mask to lowered programs: derive, prune, check, lower. Pure and picklable, so a data worker can do it.
+
+Up to 8 ranks the whole schedule is made and proved. Above, methods that declare how their keys travel are authored for
+this rank alone (``context.local``), with a check of what one rank can know; others are made whole up to 128 ranks.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b
 
 from longspan.attention.masks import Mask
-from longspan.context.check import check
+from longspan.context.balance import areas
+from longspan.context.check import check, check_own
 from longspan.context.choose import Where, choose_method, default_layout, default_method, layout_of
 from longspan.context.geometry import Geometry
+from longspan.context.local import local_schedule
 from longspan.context.lower import Program, lower
-from longspan.context.methods import builder, reason_against
+from longspan.context.methods import METHODS, builder, carries, reason_against
 from longspan.context.passes import prune_schedule
 from longspan.context.schedule import Schedule
 from longspan.layout.tokens import Layout
 
+_PROVED_RANKS = 8  # the whole schedule of so many ranks is made and checked in milliseconds
+_WHOLE_RANKS = 128  # that of more would take minutes
+
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """One rank's programs for a mask, with the digest of mask and schedule that all ranks must share."""
+    """One rank's programs for a mask, with the digest that all ranks must share.
+
+    The digest is of mask and schedule, or of what the rank's part was made from where no rank knows the whole.
+    """
 
     mask: str  # its fingerprint
     method: str
@@ -52,34 +64,60 @@ def _geometry(mask: Mask, layout: Layout) -> Geometry:
     return Geometry(mask, layout)
 
 
-@lru_cache(maxsize=32)
-def checked_schedule(mask: Mask, layout: Layout, method: str, num_heads: int, num_kv_heads: int) -> Schedule:
-    """The method's schedule, pruned for the mask and proved right."""
+def _refuse_unfit(mask: Mask, layout: Layout, method: str, num_heads: int, num_kv_heads: int) -> None:
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"query heads must be a multiple of KV heads, got {num_heads} and {num_kv_heads}")
     reason = reason_against(method, mask, layout)
     if reason is not None:
         raise ValueError(f"method {method!r} cannot compute this mask on this layout: {reason}; take method 'auto'")
+
+
+@lru_cache(maxsize=32)
+def checked_schedule(mask: Mask, layout: Layout, method: str, num_heads: int, num_kv_heads: int) -> Schedule:
+    """The method's schedule for all ranks, pruned for the mask and proved right. Raises ValueError as ``build``."""
+    _refuse_unfit(mask, layout, method, num_heads, num_kv_heads)
+    if layout.world > _WHOLE_RANKS:
+        able = ", ".join(name for name, found in METHODS.items() if found.carry is not None)
+        raise ValueError(
+            f"method {method!r} is made for all ranks at once, at most {_WHOLE_RANKS}, got {layout.world} ranks; "
+            f"for more take one of {able}"
+        )
     geometry = _geometry(mask, layout)
     schedule = prune_schedule(builder(method, layout.world)(layout, num_heads, num_kv_heads), geometry)
     check(schedule, geometry)
     return schedule
 
 
+def _own_schedule(mask: Mask, layout: Layout, method: str, num_heads: int, num_kv_heads: int, rank: int) -> Schedule:
+    """This rank's part of a method whose keys travel as declared, checked as far as one rank can."""
+    _refuse_unfit(mask, layout, method, num_heads, num_kv_heads)
+    geometry = _geometry(mask, layout)
+    parts = [
+        local_schedule(method, carry, geometry, num_heads, num_kv_heads, rank)
+        for carry in dict.fromkeys(carries(method))
+    ]
+    schedule = replace(parts[0], backward=parts[-1].backward)
+    check_own(schedule, geometry, rank, int(areas(mask, layout)[rank]))
+    return schedule
+
+
 @lru_cache(maxsize=64)
 def _built(mask: Mask, layout: Layout, method: str, num_heads: int, num_kv_heads: int, rank: int) -> Built:
-    schedule = checked_schedule(mask, layout, method, num_heads, num_kv_heads)
+    if layout.world > _PROVED_RANKS and carries(method):
+        schedule = _own_schedule(mask, layout, method, num_heads, num_kv_heads, rank)
+        text = f"{mask.fingerprint} {layout.fingerprint} {method} {num_heads} {num_kv_heads}"
+        lanes = (0,)
+    else:
+        schedule = checked_schedule(mask, layout, method, num_heads, num_kv_heads)
+        text = f"{mask.fingerprint} {schedule.fingerprint}"
+        lanes = tuple(sorted({move.lane for phase in (schedule.forward, schedule.backward) for move in phase.moves}))
     geometry = _geometry(mask, layout)
-    programs = [
+    forward, backward = (
         lower(phase, schedule, geometry, rank, backward=backward)
         for phase, backward in ((schedule.forward, False), (schedule.backward, True))
-    ]
-    text = f"{mask.fingerprint} {schedule.fingerprint}"
-    digest = blake2b(text.encode(), digest_size=8).hexdigest()
-    lanes = tuple(sorted({move.lane for phase in (schedule.forward, schedule.backward) for move in phase.moves}))
-    return Built(
-        mask.fingerprint, method, layout, num_heads, num_kv_heads, rank, programs[0], programs[1], digest, lanes
     )
+    digest = blake2b(text.encode(), digest_size=8).hexdigest()
+    return Built(mask.fingerprint, method, layout, num_heads, num_kv_heads, rank, forward, backward, digest, lanes)
 
 
 def build(
@@ -95,11 +133,11 @@ def build(
 ) -> Built:
     """One rank's programs of a mask. Cached; the same on every call with equal arguments, in any process.
 
-    With ``where``, "auto" is the method that should be fastest there; without, a default of the layout.
+    With ``where``, "auto" is the method that should be fastest there, on up to 128 ranks; else a default of the layout.
 
     Raises ValueError for an unknown method or layout, or one that does not fit the mask, the ranks or the heads.
     """
     chosen, resolved = resolve(mask, world, method, layout)
-    if method == "auto" and where is not None and world > 1:
+    if method == "auto" and where is not None and 1 < world <= _WHOLE_RANKS:
         chosen = choose_method(mask, resolved, num_heads, num_kv_heads, where).chosen.method
     return _built(mask, resolved, chosen, num_heads, num_kv_heads, rank)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import pairwise
 
 from longspan.context.geometry import Geometry, Range
 from longspan.context.passes import Liveness, atoms_of
@@ -28,6 +29,27 @@ def check(schedule: Schedule, geometry: Geometry) -> None:
         )
     _check_phase(schedule.forward, schedule, geometry, backward=False)
     _check_phase(schedule.backward, schedule, geometry, backward=True)
+
+
+def check_own(schedule: Schedule, geometry: Geometry, rank: int, area: int) -> None:
+    """Check one rank's part of a schedule whose queries stay: every allowed pair of its queries is computed once.
+
+    ``area``: the allowed pairs of the rank's queries. Whether its peers send what it expects only ``check`` can tell;
+    that what it computes on has arrived, lowering asserts.
+
+    Raises ScheduleError where blocks read a key twice for one head, or do not cover the area.
+    """
+    for name, phase in (("forward", schedule.forward), ("backward", schedule.backward)):
+        read = sorted((block.heads, interval) for block in phase.blocks for interval in block.k)
+        for (heads, (_, stop)), (others, (start, _)) in pairwise(read):
+            if heads == others and start < stop:
+                raise ScheduleError(f"{name}: rank {rank} computes on keys of slots {start}..{stop} more than once")
+        found = sum(geometry.area(block.q, block.k) * (block.heads[1] - block.heads[0]) for block in phase.blocks)
+        if found != area * schedule.num_heads:
+            raise ScheduleError(
+                f"{name}: rank {rank} computes {found} of {area * schedule.num_heads} allowed (head, query, key) "
+                "triples; every one must be once"
+            )
 
 
 def areas(schedule: Schedule, geometry: Geometry) -> tuple[int, ...]:

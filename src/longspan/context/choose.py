@@ -16,6 +16,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -23,11 +24,12 @@ import torch.distributed as dist
 
 from longspan.attention.masks import Mask
 from longspan.context.balance import balanced, bytes_fraction, imbalance
-from longspan.context.estimate import estimate, tabulate
+from longspan.context.estimate import Known, Table, estimate_all, least_s, tabulate
 from longspan.context.geometry import Geometry
 from longspan.context.methods import builder, layout_name, reason_against
 from longspan.context.passes import prune_schedule
 from longspan.context.schedule import Sizes
+from longspan.context.tables import JOINT, World
 from longspan.hardware.devices import device_name
 from longspan.hardware.profile import DeviceProfile, make_profile
 from longspan.hardware.saved import profile_path, saved_profile
@@ -134,9 +136,13 @@ class Candidate(NamedTuple):
         return self.forward_s + self.backward_s
 
 
+_NEVER = Candidate("", math.inf, math.inf)
+_forward_s, _backward_s, _both_s = (attrgetter(name) for name in ("forward_s", "backward_s", "both_s"))
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The method that ``auto`` takes, and all that it was chosen from, best first."""
+    """The method that ``auto`` takes, and all whose lower bound did not rule them out, best first."""
 
     chosen: Candidate
     candidates: tuple[Candidate, ...]
@@ -146,11 +152,13 @@ class Choice:
         return f"{self.chosen.method}: {1e3 * self.chosen.both_s:.3g} ms estimated, of {', '.join(rows)}"
 
 
-_CANDIDATES = (
-    "ring", "descending", "opposing", "double_ring", "all_gather", "mask_aware", "ulysses", "staged_ulysses", "usp",
-    "token_ring",     "light_seq", "burst",
+CANDIDATES = (
+    "ring", "descending", "opposing", "double_ring", "all_gather", "mask_aware:2", "mask_aware", "ulysses",
+    "staged_ulysses", "usp", "token_ring", "light_seq", "burst",
 )  # fmt: skip
 _MIXING_MARGIN = 1.03  # two methods must promise this much over one
+_LISTED_RANKS = 16  # up to so many, a method without tables in closed form is priced by its schedule
+_AT_ONCE = 3  # methods that are priced together; after each time, bounds rule some of the rest out
 _chosen: dict[tuple[object, ...], Choice] = {}
 
 
@@ -158,8 +166,8 @@ def choose_method(mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int,
     """The method, or forward and backward methods, with the least estimated time on a layout.
 
     Cached by what masks of a run have in common (length, area, balance, keys to send, each to a few per cent), so that
-    packed documents, whose mask is new in every step, are chosen for once. Building the candidates takes seconds on
-    many ranks. A pure function of its arguments and of what was asked before: ask in one order on all ranks.
+    packed documents, whose mask is new in every step, are chosen for once. A pure function of its arguments and of what
+    was asked before: ask in one order on all ranks.
     """
     key = (*_statistics(mask, layout), layout.name, layout.world, num_heads, num_kv_heads, where)
     if key not in _chosen:
@@ -200,27 +208,68 @@ def _statistics(mask: Mask, layout: Layout) -> tuple[float, ...]:
     )
 
 
-def _choose(mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int, where: Where) -> Choice:
-    geometry, found, free = Geometry(mask, layout), [], []
-    for name in _CANDIDATES:
-        if reason_against(name, mask, layout) is not None:
-            continue
-        schedule = prune_schedule(builder(name, layout.world)(layout, num_heads, num_kv_heads), geometry)
-        seconds = (
-            estimate(tabulate(schedule, geometry, backward=b), where.topology, where.device, where.sizes)
-            for b in (False, True)
+class _Search:
+    """Prices candidates, leaving out those whose lower bounds say that they cannot be chosen."""
+
+    def __init__(self, mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int, where: Where) -> None:
+        self.geometry, self.heads, self.where = Geometry(mask, layout), (num_heads, num_kv_heads), where
+        self.world = World(self.geometry, *self.heads)
+        self.known = Known()
+        self.found: list[Candidate] = []
+        self.bound: set[str] = set()  # methods whose backward phase needs what their forward phase keeps
+
+    def best(self) -> tuple[Candidate, Candidate, Candidate]:
+        """Of what is priced so far: the best for both phases, for the forward and for the backward phase."""
+        free = (c for c in self.found if c.method not in self.bound)
+        return (
+            min(self.found, key=_both_s, default=_NEVER),
+            min(self.found, key=_forward_s, default=_NEVER),
+            min(free, key=_backward_s, default=_NEVER),
         )
-        candidate = Candidate(name, *seconds)
-        found.append(candidate)
-        if not any(move.kept for move in schedule.forward.moves):
-            free.append(candidate)  # its backward phase needs nothing from its forward phase
-    found.sort(key=lambda c: c.both_s)
-    forward, backward = min(found, key=lambda c: c.forward_s), min(free, key=lambda c: c.backward_s)
-    best = found[0]
+
+    def hopes(self, forward_s: float, backward_s: float) -> bool:
+        """Whether a method of at least these times could still be chosen for a phase or for both."""
+        both, forward, backward = self.best()
+        return forward_s < forward.forward_s or backward_s < backward.backward_s or forward_s + backward_s < both.both_s
+
+    def tables(self, name: str) -> tuple[Table, Table] | None:
+        """In closed form, or on few ranks from the schedule."""
+        tables, layout = self.world.table(name), self.geometry.layout
+        if tables is None and layout.world <= _LISTED_RANKS:
+            schedule = prune_schedule(builder(name, layout.world)(layout, *self.heads), self.geometry)
+            return tabulate(schedule, self.geometry), tabulate(schedule, self.geometry, backward=True)
+        return tables
+
+    def price(self, names: list[str]) -> None:
+        """Estimate those of the methods that could be chosen, the most hopeful first."""
+        at = self.where.topology, self.where.device, self.where.sizes, self.known
+        tables = {name: both for name in names if (both := self.tables(name)) is not None}
+        least = {name: [least_s(table, *at) for table in both] for name, both in tables.items()}
+        todo = sorted(tables, key=lambda name: sum(least[name]))
+        while todo:
+            now, todo = todo[:_AT_ONCE], todo[_AT_ONCE:]
+            self.bound |= {name for name in now if tables[name][0].keeps}
+            seconds = estimate_all([table for name in now for table in tables[name]], *at)
+            self.found += [Candidate(*row) for row in zip(now, seconds[::2], seconds[1::2], strict=True)]
+            todo = [name for name in todo if self.hopes(*least[name])]
+
+
+def _choose(mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int, where: Where) -> Choice:
+    search = _Search(mask, layout, num_heads, num_kv_heads, where)
+    able = [name for name in CANDIDATES if reason_against(name, mask, layout) is None]
+    if num_heads <= layout.world:
+        able.remove("staged_ulysses")  # no rank has two heads: it is Ulysses
+    joint = [name for name in able if name.partition(":")[0] in JOINT]
+    search.price(joint)
+    # All others compute shard by shard, so one bound tells whether any of them is worth its tables.
+    least = [search.world.least_s(where.device, where.sizes, search.known, backward=b) for b in (False, True)]
+    if search.hopes(*least):
+        search.price([name for name in able if name not in joint])
+    best, forward, backward = search.best()
     if (forward.forward_s + backward.backward_s) * _MIXING_MARGIN < best.both_s:
         name = forward.method if forward is backward else f"{forward.method}+{backward.method}"
         best = Candidate(name, forward.forward_s, backward.backward_s)
-    return Choice(best, tuple(found))
+    return Choice(best, tuple(sorted(search.found, key=_both_s)))
 
 
 def layout_options(mask: Mask, world: int) -> list[Layout]:

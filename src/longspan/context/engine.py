@@ -87,7 +87,7 @@ class Worker:
         sizes = [_aligned(self._buffer_form(buffer).num_bytes) for buffer in program.saved]
         self.saved = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device) if saved is None else saved
         for buffer, flat in zip(program.saved, self.saved.split(sizes), strict=True):
-            self._hold(buffer, flat)
+            self.hold(buffer, flat)
         for buffer in program.packed:
             form = self._buffer_form(buffer)
             if self.batch == form.num_data == 1:
@@ -131,14 +131,15 @@ class Worker:
     def _empty(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
-    def _hold(self, buffer: int, flat: Tensor) -> None:
+    def hold(self, buffer: int, flat: Tensor) -> None:
+        """Let a buffer of arrivals lie in this memory."""
         self.flats[buffer] = flat
         self.records[buffer] = self._views(flat, self._buffer_form(buffer))
 
     def _arrivals(self, buffer: int) -> Tensor:
         """The memory of a buffer of arrivals."""
         if buffer not in self.flats:
-            self._hold(buffer, self._empty(self._buffer_form(buffer).num_bytes))
+            self.hold(buffer, self._empty(self._buffer_form(buffer).num_bytes))
         return self.flats[buffer]
 
     def outgoing(self, send: Send) -> Tensor:

@@ -14,11 +14,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from longspan.context.costs import dtype_of
 from longspan.context.geometry import Geometry, Ranges, count
+from longspan.context.pieces import pieces_of
 from longspan.context.schedule import SUMS, Schedule, Sizes
 from longspan.hardware.profile import DeviceProfile
 from longspan.hardware.topology import Topology
@@ -31,20 +33,25 @@ class Table:
     Attributes:
         world, num_steps, backward: of the phase.
         blocks: (B, 7) step, rank, rows, keys, query heads, KV heads, whether a result for its queries is there already.
-        pieces: (N, 6) block, rows, keys, area, diagonals, launches.
+        num_shapes, shapes: (B,) which pieces each block has: blocks on the same queries and keys may share them.
+        pieces: (N, 6) shape, rows, keys, area, diagonals, launches.
         moves: (M, 5) step, src, dst, lands, index among ``KINDS``.
         rows: (M,) tokens × heads of each move.
         complete: (M,) whether it is a complete sum.
+        keeps: whether a forward phase keeps arrivals, without which the method's backward phase cannot be.
     """
 
     world: int
     num_steps: int
     backward: bool
     blocks: np.ndarray
+    num_shapes: int
+    shapes: np.ndarray
     pieces: np.ndarray
     moves: np.ndarray
     rows: np.ndarray
     complete: np.ndarray
+    keeps: bool
 
 
 KINDS = ("q", "kv", "do", "o", "dq", "dkv")
@@ -73,178 +80,130 @@ def tabulate(schedule: Schedule, geometry: Geometry, *, backward: bool = False) 
         num_steps=phase.num_steps,
         backward=backward,
         blocks=np.array(rows, dtype=np.int64).reshape(-1, 7),
-        pieces=_pieces([(block.q, block.k) for block in phase.blocks], geometry),
+        num_shapes=len(phase.blocks),
+        shapes=np.arange(len(phase.blocks)),
+        pieces=pieces_of([(block.q, block.k) for block in phase.blocks], geometry),
         moves=np.array(moves, dtype=np.int64).reshape(-1, 5),
         rows=np.array(sizes, dtype=np.float64),
         complete=np.array(complete, dtype=bool),
+        keeps=any(move.kept for move in phase.moves),
     )
 
 
-def _runs(unique: list[Ranges], geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 3) row in the block, first position and length of each stretch of ranges, and (u + 1,) where ranges start."""
-    placed = geometry.layout.placed
-    slots = np.array([p.slot for p in placed])
-    ends = slots + np.array([p.segment.num_tokens for p in placed])
-    starts = np.array([p.segment.start for p in placed])
-    rows, edges = [], [0]
-    for ranges in unique:
-        row, following = 0, None
-        for start, stop in ranges:
-            first, last = np.searchsorted(ends, start, "right"), np.searchsorted(slots, stop, "left")
-            for index in range(first, last):
-                a, b = max(start, slots[index]), min(stop, ends[index])
-                position = starts[index] + geometry.step * (a - slots[index])
-                if position == following:  # goes on where the last stretch ended
-                    rows[-1][2] += b - a
-                else:
-                    rows.append([row, position, b - a])
-                row, following = row + b - a, position + geometry.step * (b - a)
-        edges.append(len(rows))
-    return np.array(rows, dtype=np.int64).reshape(-1, 3), np.array(edges)
+class Kernel(NamedTuple):
+    """By shape, for a number of heads: seconds of the calls, whether they are several, their rows and keys."""
+
+    seconds: np.ndarray
+    several: np.ndarray
+    rows: np.ndarray
+    keys: np.ndarray
 
 
-def _expand(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For ranges starts .. starts + sizes: (owner of each member, member)."""
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    first = np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return owner, np.arange(len(owner)) - first + np.repeat(starts, sizes)
+class Known:
+    """What is known of tables on one device, by identity; holds the tables, so that no other takes their identity."""
+
+    def __init__(self) -> None:
+        self.kernels: dict[tuple[int, int, bool], tuple[np.ndarray, Kernel]] = {}  # by pieces, heads, backward
+        self.block_s: dict[int, tuple[Table, np.ndarray]] = {}  # by table
 
 
-def _pieces(blocks: list[tuple[Ranges, Ranges]], geometry: Geometry) -> np.ndarray:
-    """(n, 6) block, rows, keys, area, diagonals, launches of the pieces of bands of blocks."""
-    table = geometry.table
-    if not blocks or not len(table):
-        return np.zeros((0, 6), np.int64)
-    index: dict[Ranges, int] = {}
-    pairs = np.array([[index.setdefault(ranges, len(index)) for ranges in block] for block in blocks])
-    runs, edges = _runs(list(index), geometry)
-    num = np.diff(edges)
-    # Stretches of queries, then of keys, then the bands that may meet them.
-    block, q = _expand(edges[pairs[:, 0]], num[pairs[:, 0]])
-    keys = pairs[block, 1]
-    owner, k = _expand(edges[keys], num[keys])
-    block, (q_row, q_start, num_q), (k_row, k_start, num_k) = block[owner], runs[q[owner]].T, runs[k].T
-    table = table[np.argsort(table[:, 0], kind="stable")]
-    step = geometry.step
-    low = np.searchsorted(np.maximum.accumulate(table[:, 1]), q_start, "right")
-    high = np.searchsorted(table[:, 0], q_start + step * (num_q - 1) + 1, "left")
-    owner, band = _expand(low, np.maximum(high - low, 0))
-    near = (table[band, 2] < (k_start + step * num_k)[owner]) & (table[band, 3] > k_start[owner])
-    owner, band = owner[near], band[near]
-    q0, q1, k0, k1, lo, hi = table[band].T
-    q_start, num_q, k_start, num_k = q_start[owner], num_q[owner], k_start[owner], num_k[owner]
-    offset = k_start - q_start
-    cut = [
-        np.maximum(0, -((q_start - q0) // step)),
-        np.minimum(num_q, -((q_start - q1) // step)),
-        np.maximum(0, -((k_start - k0) // step)),
-        np.minimum(num_k, -((k_start - k1) // step)),
-        -((offset - lo) // step),
-        (hi - offset) // step,
-    ]
-    q0, q1, k0, k1, lo, hi = _tight(cut)
-    some = (q0 < q1) & (k0 < k1) & (lo <= hi)
-    block, q_row, k_row = block[owner][some], q_row[owner][some], k_row[owner][some]
-    q0, q1, k0, k1, lo, hi = (x[some] for x in (q0, q1, k0, k1, lo, hi))
-    area = _areas(q0, q1, k0, k1, lo, hi)
-    above, below = hi < k1 - 1 - q0, lo > k0 - (q1 - 1)
-    # A band bounded above alone is a square and up to two rectangles.
-    launches = 1 + np.where(above & ~below, (q0 + hi > k0).astype(int) + (k1 - hi < q1), 0)
-    plain = ~above & ~below
-    whole = np.stack([block, q_row + q0, q_row + q1, k_row + k0, k_row + k1], 1)
-    rectangles = _joined(_joined(whole[plain], 3, 1), 1, 3)
-    sizes = rectangles[:, 2] - rectangles[:, 1], rectangles[:, 4] - rectangles[:, 3]
-    ones, zeros = np.ones(len(rectangles), np.int64), np.zeros(len(rectangles), np.int64)
-    first = np.stack([rectangles[:, 0], *sizes, sizes[0] * sizes[1], zeros, ones], 1)
-    rest = np.stack([block, q1 - q0, k1 - k0, area, above.astype(int) + below, launches], 1)[~plain]
-    return np.concatenate([first, rest])
+def kernel_of(
+    pieces: np.ndarray, num: int, heads: int, device: DeviceProfile, sizes: Sizes, known: Known, *, backward: bool
+) -> Kernel:
+    """The kernels of ``num`` shapes for some query heads."""
+    key = id(pieces), heads, backward
+    if key not in known.kernels:
+        known.kernels[key] = pieces, _kernel(pieces, num, heads, device, sizes, backward=backward)
+    return known.kernels[key][1]
 
 
-def _tight(cut: list[np.ndarray]) -> tuple[np.ndarray, ...]:
-    """``bands.tighten`` on arrays."""
-    q0, q1, k0, k1, lo, hi = cut
-    return (
-        np.maximum(q0, k0 - hi),
-        np.minimum(q1, k1 - lo),
-        np.maximum(k0, q0 + lo),
-        np.minimum(k1, q1 + hi),
-        np.maximum(lo, k0 - q1 + 1),
-        np.minimum(hi, k1 - 1 - q0),
-    )
-
-
-def _areas(q0, q1, k0, k1, lo, hi) -> np.ndarray:
-    """``bands.area`` on arrays."""
-    num_q, num_k = q1 - q0, k1 - k0
-
-    def triangle(x: np.ndarray) -> np.ndarray:
-        x = np.maximum(x, 0)
-        return np.where(x <= num_k, x * (x + 1) // 2, num_k * (num_k + 1) // 2 + (x - num_k) * num_k)
-
-    def at_most(diagonal: np.ndarray) -> np.ndarray:
-        first = diagonal + q0 - k0 + 1
-        return triangle(first + num_q - 1) - triangle(first - 1)
-
-    return at_most(hi) - at_most(lo - 1)
-
-
-def _joined(rectangles: np.ndarray, same: int, along: int) -> np.ndarray:
-    """Rectangles (block, q0, q1, k0, k1) of a block that agree in one axis and touch in the other, joined."""
-    if len(rectangles) < 2:
-        return rectangles
-    r = rectangles[np.lexsort((rectangles[:, along], rectangles[:, same + 1], rectangles[:, same], rectangles[:, 0]))]
-    equal = (r[1:, [0, same, same + 1]] == r[:-1, [0, same, same + 1]]).all(1)
-    starts = np.flatnonzero(np.append(True, ~(equal & (r[1:, along] == r[:-1, along + 1]))))
-    out = r[starts].copy()
-    out[:, along + 1] = r[np.append(starts[1:], len(r)) - 1, along + 1]
-    return out
-
-
-def _block_s(table: Table, device: DeviceProfile, sizes: Sizes) -> np.ndarray:
-    """Seconds of every block: kernels, and memory traffic as ``costs`` counts it, less what few blocks need."""
-    _, _, rows, keys, heads, kv_heads, again = table.blocks.T
-    block, launches = table.pieces[:, 0], table.pieces[:, 5]
-    shape = table.pieces[:, 1:5].astype(np.float64)
-    group = block if device.packed else np.arange(len(block))
-    kernel = device.backward if table.backward else device.forward
+def _kernel(pieces: np.ndarray, num: int, heads: int, device: DeviceProfile, sizes: Sizes, *, backward: bool) -> Kernel:
+    index, launches = pieces[:, 0], pieces[:, 5]
+    shape = pieces[:, 1:5].astype(np.float64)
+    group = index if device.packed else np.arange(len(index))
+    kernel = device.backward if backward else device.forward
     seconds = device.calls_s(
         shape,
         group,
-        sizes.batch * heads[block],
+        np.full(len(index), sizes.batch * heads),
         head_dim=sizes.head_dim,
         dtype=dtype_of(sizes),
-        backward=table.backward,
+        backward=backward,
     )
-    num = len(table.blocks)
     if not device.packed:
-        seconds = np.bincount(block, seconds + (launches - 1) * kernel.call_s, num)
+        seconds = np.bincount(index, seconds + (launches - 1) * kernel.call_s, num)
     seconds = np.append(seconds, np.zeros(num - len(seconds)))
+    rows, keys = (np.bincount(index, shape[:, axis], num) for axis in (0, 1))
+    return Kernel(seconds, np.bincount(index, launches, num) > 1, rows, keys)
+
+
+def _block_s(table: Table, device: DeviceProfile, sizes: Sizes, known: Known) -> np.ndarray:
+    """Seconds of every block."""
+    if id(table) not in known.block_s:
+        known.block_s[id(table)] = table, _new_block_s(table, device, sizes, known)
+    return known.block_s[id(table)][1]
+
+
+def _new_block_s(table: Table, device: DeviceProfile, sizes: Sizes, known: Known) -> np.ndarray:
+    """Kernels, and memory traffic as ``costs`` counts it, less what few blocks need."""
+    _, _, rows, keys, heads, kv_heads, again = table.blocks.T
+    columns = np.empty((4, len(rows)))
+    num = table.num_shapes
+    for some in np.unique(heads).tolist():
+        kernel = kernel_of(table.pieces, num, some, device, sizes, known, backward=table.backward)
+        at = heads == some
+        columns[:, at] = np.stack(kernel)[:, table.shapes[at]]
+    seconds, several, call_rows, call_keys = columns
     wide = max(4, sizes.inputs)
     widen = 0 if wide == sizes.inputs else wide + sizes.inputs
     result, keys_result = rows * heads, 2 * keys * kv_heads * table.backward
     # A block of several calls adds them up in an accumulator of its own.
-    several = np.bincount(block, launches, num) > 1
-    call_rows, call_keys = (np.bincount(block, shape[:, axis], num) for axis in (0, 1))
     if table.backward:
         call = (sizes.inputs + 2 * wide) * (call_rows * heads + 2 * call_keys * kv_heads)
         inside = wide * (result + keys_result) + call
     else:
         later = np.maximum(call_rows - rows, 0) * heads
         inside = wide * result + (widen or 2 * wide) * result + (widen + 3 * wide) * later
-    elements = np.where(several, inside, widen * (result + keys_result)) + 3 * wide * (result * again + keys_result)
+    elements = np.where(several > 0, inside, widen * (result + keys_result)) + 3 * wide * (result * again + keys_result)
     return seconds + device.block_s + sizes.batch * sizes.head_dim * elements / device.memory_bytes_per_s
 
 
-def _move_bytes(table: Table, sizes: Sizes) -> np.ndarray:
+def _move_bytes(kinds: np.ndarray, rows: np.ndarray, complete: np.ndarray, sizes: Sizes) -> np.ndarray:
     d, stat = sizes.head_dim, max(4, sizes.sums)
 
     def row_bytes(sums: int) -> np.ndarray:
         inputs = d * sizes.inputs
         return np.array([inputs, 2 * inputs, inputs + 2 * stat, d * sums + stat, d * sums, 2 * d * sums])
 
-    kinds = table.moves[:, 4]
-    per_row = np.where(table.complete, row_bytes(sizes.inputs)[kinds], row_bytes(sizes.sums)[kinds])
-    return sizes.batch * table.rows * per_row
+    per_row = np.where(complete, row_bytes(sizes.inputs)[kinds], row_bytes(sizes.sums)[kinds])
+    return sizes.batch * rows * per_row
+
+
+def least_s(table: Table, topology: Topology, device: DeviceProfile, sizes: Sizes, known: Known) -> float:
+    """A lower bound of ``estimate``: the busiest rank's blocks, and the busiest wire's bytes. Raises as ``estimate``.
+
+    ``known`` is for one device and sizes; tables that share pieces share their kernels' times there.
+    """
+    _check_world(table, topology)
+    busy = np.bincount(table.blocks[:, 1], _block_s(table, device, sizes, known), table.world)
+    _, src, dst, _, kind = table.moves.T
+    num_bytes = _move_bytes(kind, table.rows, table.complete, sizes)
+    wires, capacity = _routes(topology)[0][src * table.world + dst], _capacity(topology)
+    used = np.bincount(wires.ravel(), np.repeat(num_bytes, wires.shape[1]), len(capacity)) / capacity
+    return float(max(busy.max(), used.max()))
+
+
+def _check_world(table: Table, topology: Topology) -> None:
+    if topology.num_ranks != table.world:
+        raise ValueError(
+            f"topology {topology.name!r} has {topology.num_ranks} ranks, the schedule {table.world}; "
+            f"make one for {table.world}"
+        )
+
+
+def _capacity(topology: Topology) -> np.ndarray:
+    """Bytes/s of every wire, and of one past the last, which stands for none."""
+    return np.array([wire.bytes_per_s for wire in topology.resources] + [math.inf])
 
 
 def estimate(table: Table, topology: Topology, device: DeviceProfile, sizes: Sizes) -> float:
@@ -253,39 +212,54 @@ def estimate(table: Table, topology: Topology, device: DeviceProfile, sizes: Siz
     Raises:
         ValueError: the topology has another number of ranks, or the profile does not know the dtype.
     """
-    if topology.num_ranks != table.world:
-        raise ValueError(
-            f"topology {topology.name!r} has {topology.num_ranks} ranks, the schedule {table.world}; "
-            f"make one for {table.world}"
-        )
-    world, num_steps = table.world, table.num_steps
-    busy = np.zeros((num_steps, world))
-    np.add.at(busy, (table.blocks[:, 0], table.blocks[:, 1]), _block_s(table, device, sizes))
-    step, src, dst, lands, kind = table.moves.T
-    num_bytes = _move_bytes(table, sizes)
+    return estimate_all([table], topology, device, sizes, Known())[0]
+
+
+def estimate_all(
+    tables: list[Table], topology: Topology, device: DeviceProfile, sizes: Sizes, known: Known
+) -> list[float]:
+    """``estimate`` of several tables at once: all take their steps together, each on ranks and wires of its own.
+
+    ``known`` as in ``least_s``. Raises ValueError as ``estimate``.
+    """
+    for table in tables:
+        _check_world(table, topology)
+    world, num_steps = topology.num_ranks, max(table.num_steps for table in tables)
+    ranks = len(tables) * world
+
+    def by_step(step: np.ndarray, rank: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+        total = np.bincount(step * ranks + rank, seconds, num_steps * ranks)
+        return total.astype(np.float64).reshape(num_steps, ranks)  # of nothing, numpy counts in integers
+
+    block_s = np.concatenate([_block_s(table, device, sizes, known) for table in tables])
+    first = np.repeat(np.arange(len(tables)) * world, [len(table.blocks) for table in tables])
+    blocks = np.concatenate([table.blocks[:, :2] for table in tables])
+    busy = by_step(blocks[:, 0], blocks[:, 1] + first, block_s)
+    number = np.repeat(np.arange(len(tables)), [len(table.moves) for table in tables])
+    step, src, dst, lands, kind = np.concatenate([table.moves for table in tables]).T
+    rows, complete = (np.concatenate([getattr(t, name) for t in tables]) for name in ("rows", "complete"))
+    pair = src * world + dst
+    src, dst = src + number * world, dst + number * world
+    num_bytes = _move_bytes(kind, rows, complete, sizes)
     memory_s = 1 / device.memory_bytes_per_s
     sums = kind >= KINDS.index(SUMS[0])
-    np.add.at(busy, (step, src), 2 * num_bytes * memory_s * np.where(sums, 1, step == 0))
-    merged = (
-        3
-        * max(4, sizes.inputs)
-        * sizes.batch
-        * sizes.head_dim
-        * table.rows
-        * np.where(kind == KINDS.index("dkv"), 2, 1)
-    )
-    np.add.at(busy, (lands, dst), merged * memory_s * sums)
+    busy += by_step(step, src, 2 * num_bytes * memory_s * np.where(sums, 1, step == 0))
+    merged = 3 * max(4, sizes.inputs) * sizes.batch * sizes.head_dim * rows * np.where(kind == KINDS.index("dkv"), 2, 1)
+    busy += by_step(lands, dst, merged * memory_s * sums)
+    posted = by_step(step, src, np.full(len(src), topology.message_s))
     if topology.blocking:
-        np.add.at(busy, (step, src), topology.message_s)
-    pair = src * world + dst
+        busy += posted
     routes, caps, latency = (of_pair[pair] for of_pair in _routes(topology))
-    capacity = np.array([wire.bytes_per_s for wire in topology.resources] + [math.inf])
-    same = step * world * world + pair
-    own_s = np.bincount(same, num_bytes, num_steps * world * world)[same] / caps
-    posted = np.zeros((num_steps, world))
-    np.add.at(posted, (step, src), topology.message_s)
-    flight = latency + posted[step, src], own_s, num_bytes[:, None] / capacity[routes], routes
-    return _follow(busy, (step, src, dst, lands), flight, len(capacity))
+    capacity = _capacity(topology)
+    own_s = num_bytes / caps
+    if np.isfinite(caps).any():
+        same = (step * len(tables) + number) * world * world + pair
+        _, inverse = np.unique(same, return_inverse=True)
+        own_s = np.bincount(inverse, num_bytes)[inverse] / caps
+    wires = routes + number[:, None] * len(capacity)
+    flight = latency + posted[step, src], own_s, num_bytes[:, None] / capacity[routes], wires
+    done = _follow(busy, (step, src, dst, lands), flight, (len(tables), len(capacity)))
+    return done.reshape(len(tables), world).max(axis=1).tolist()
 
 
 @lru_cache(maxsize=8)
@@ -307,13 +281,16 @@ def _follow(
     busy: np.ndarray,
     moves: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
     flight: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
-    num_wires: int,
-) -> float:
-    """Walk through the steps: a rank enters the next when it has computed and everything that lands has come.
+    shape: tuple[int, int],
+) -> np.ndarray:
+    """When each rank is done; ``shape`` is (tables, wires of each and one that stands for none).
+
+    It walks through the steps: a rank enters the next when it has computed and everything that lands has come.
 
     A wire takes the messages of a step together, from the first that is there on, and after those of earlier steps.
     """
     num_steps, world = busy.shape
+    num_wires = shape[0] * shape[1]
     order = np.argsort(moves[0], kind="stable")
     step, src, dst, lands = (x[order] for x in moves)
     before_s, own_s, wire_s, routes = (x[order] for x in flight)
@@ -330,8 +307,8 @@ def _follow(
             used = np.isfinite(first)
             until = np.maximum(first, free) + np.bincount(wires, wire_s[some].ravel(), num_wires)
             free[used] = until[used]
-            free[-1] = until[-1] = 0.0  # stands for no wire
+            free.reshape(shape)[:, -1] = until.reshape(shape)[:, -1] = 0.0  # stand for no wire
             through = np.maximum(until[routes[some]].max(axis=1), begun + own_s[some])
             np.maximum.at(due, (lands[some], dst[some]), through + before_s[some])
         entered = np.maximum(entered + busy[now], due[now])
-    return float(entered.max(initial=0.0))
+    return entered

@@ -141,12 +141,17 @@ class Geometry:
         for q0, q1, k0, k1, lo, hi in table.tolist():
             q_edges = base[(base >= q0) & (base <= q1)]
             k_edges = base[(base >= k0) & (base <= k1)]
-            if hi < k1 - 1 - q0:  # the upper diagonal cuts the rectangle
+            if hi and hi < k1 - 1 - q0:  # the upper diagonal cuts the rectangle; the main one maps edges on edges
                 images += [np.clip(q_edges + hi, k0, k1), np.clip(k_edges - hi, q0, q1)]
             if lo > k0 - q1 + 1:
                 images += [np.clip(q_edges + lo, k0, k1), np.clip(k_edges - lo + 1, q0, q1)]
         points = np.unique(np.concatenate(images))
         slots = [np.array(self.layout.offsets)]
+        if self.step == 1:
+            placed = sorted((segment.start, slot) for slot, segment in self.layout.placed)
+            starts, at = np.array(placed).T
+            segment = np.searchsorted(starts, points, "right") - 1
+            return tuple(np.unique(np.concatenate([*slots, at, at[segment] + points - starts[segment]])).tolist())
         for slot, (start, step, num) in self.layout.placed:
             local = -((start - points) // step)
             slots += [np.array([slot]), slot + local[(local >= 0) & (local <= num)]]

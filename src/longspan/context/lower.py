@@ -159,7 +159,7 @@ class Program:
 
     def peak_bytes(self, sizes: Sizes) -> int:
         """Largest total of live buffers, own inputs and sums included, over the steps."""
-        live = [0] * (len(self.steps) + 1)
+        live = [sum(sizes.of(self.buffers[buffer].piece) for buffer in self.packed)] * (len(self.steps) + 1)
         for buffer in self.buffers:
             size = sizes.of(buffer.piece)
             for step in range(buffer.born, min(buffer.dies, len(self.steps)) + 1):
@@ -188,7 +188,12 @@ def joints(phase: Phase, rank: int, own: Ranges, group_size: int) -> list[Joint]
     for index, move in enumerate(phase.moves):
         if move.dst == rank and move.piece.kind in ("q", "kv"):
             groups[move.piece.kind, move.piece.heads, move.step, move.lands, move.kept].append(index)
-    blocks = [block for block in phase.blocks if block.rank == rank]
+    reads: dict[Kind, list[tuple[Ranges, Range]]] = {"q": [], "kv": []}  # of blocks that read own tokens
+    for block in phase.blocks:
+        if block.rank == rank and overlap(block.q, own):
+            reads["q"].append((block.q, block.heads))
+        if block.rank == rank and overlap(block.k, own):
+            reads["kv"].append((block.k, kv_heads_of(block.heads, group_size)))
     out = []
     for indices in groups.values():
         some = sorted(indices, key=lambda index: phase.moves[index].piece.tokens)
@@ -199,11 +204,9 @@ def joints(phase: Phase, rank: int, own: Ranges, group_size: int) -> list[Joint]
             kind, heads = first.piece.kind, first.piece.heads
             tokens = normalise(pair for index in members for pair in phase.moves[index].piece.tokens)
             beside: Ranges = ()
-            for block in blocks:
-                read = block.q if kind == "q" else block.k
-                read_heads = block.heads if kind == "q" else kv_heads_of(block.heads, group_size)
+            for read, read_heads in reads[kind] if not overlap(tokens, own) else ():
                 inside = heads[0] <= read_heads[0] and read_heads[1] <= heads[1]
-                if inside and overlap(read, tokens) == tokens and not overlap(tokens, own):
+                if inside and overlap(read, tokens) == tokens:
                     beside = normalise((*beside, *overlap(read, own)))
             piece = Piece(kind, normalise((*tokens, *beside)), heads)
             out.append(Joint(members, piece, beside, first.kept))
@@ -456,10 +459,10 @@ def lower(
                 continue
             piece = move.piece
             receive_of[index] = len(receive_of)
-            num_heads, buffer, token = piece.heads[1] - piece.heads[0], None, 0
-            if piece.kind in INPUTS and index not in arrival_of:
+            if index not in arrival_of:
                 arrival_of[index] = state.new(piece, number)
                 state.buffers[arrival_of[index]].dies = move.lands
+            num_heads, buffer, token = piece.heads[1] - piece.heads[0], None, 0
             if piece.kind in INPUTS:
                 buffer = arrival_of[index]
                 token = state.place(buffer, piece.tokens[0][0])

@@ -75,7 +75,7 @@ class _Wire:
         self._target[:num_bytes].copy_(self._source[:num_bytes], non_blocking=True)
 
     def _put(self, num_bytes: int) -> None:
-        torch._foreach_copy_([self._place[:num_bytes]], [self._target[:num_bytes]])
+        self._place[:num_bytes].copy_(self._target[:num_bytes])
 
     def deliver(self, messages: Sequence[Tensor], places: Sequence[Tensor]) -> torch.cuda.Event:
         """Start to deliver messages to their places, after what was posted before; returns when they have come."""
@@ -86,7 +86,7 @@ class _Wire:
                 part = min(_PROBE_BYTES, 1 + int((left_s - self._delay[0]) / self._delay[1]))
                 self._wait(part)
                 left_s -= self._delay[0] + part * self._delay[1]
-            torch._foreach_copy_(list(places), list(messages))
+            torch._foreach_copy_(list(places), list(messages))  # pyright: ignore[reportPrivateImportUsage]
         ready = torch.cuda.Event()
         ready.record(self.stream)
         return ready

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from longspan.attention.masks import Mask
+from longspan.context.local import Carry, Direct, Ring
 from longspan.context.methods.all_gather import all_gather, mask_aware
 from longspan.context.methods.burst import burst
 from longspan.context.methods.double_ring import double_ring
@@ -35,8 +36,9 @@ class Method:
     """A method: its schedule and the layout it was published with.
 
     ``build`` takes (layout, query heads, KV heads), and a degree where ``has_degree`` or a number of stages where
-    ``stages``, the default, is not 0. ``reason_against`` says why a
-    mask on a layout cannot be computed, or None.
+    ``stages``, the default, is not 0. ``reason_against`` says why a mask on a layout cannot be computed, or None.
+    ``carry`` says how keys travel where queries stay and all heads go together: one rank's part is then made without
+    the whole (``context.local``).
     """
 
     title: str
@@ -45,25 +47,28 @@ class Method:
     build: Callable[..., Schedule]
     has_degree: bool = False
     stages: int = 0
+    carry: Carry | None = None
     reason_against: Callable[[Mask, Layout], str | None] = _no_reason
 
 
 _RING = "Liu, Zaharia, Abbeel 2023, arXiv:2310.01889"
 _UNIFIED = "Li et al. 2023, arXiv:2302.06218 (abstract only; this is USP)"
 METHODS: dict[str, Method] = {
-    "ring": Method(title="Ring Attention", paper=_RING, layout="contiguous", build=ring),
+    "ring": Method(title="Ring Attention", paper=_RING, layout="contiguous", build=ring, carry=Ring(1)),
     "zigzag": Method(
         title="Zigzag ring (balanced for causal masks)",
         paper="zhuzilin/ring-flash-attention; Ring Attention, arXiv:2310.01889",
         layout="zigzag",
         build=zigzag_ring,
+        carry=Ring(1),
     ),
     "striped": Method(
-        title="Striped Attention", paper="Brandon et al. 2023, arXiv:2311.09431", layout="striped", build=striped_ring
+        title="Striped Attention", paper="Brandon et al. 2023, arXiv:2311.09431", layout="striped", build=striped_ring,
+        carry=Ring(1),
     ),
     "descending": Method(
         title="Ring towards lower ranks, which drops keys nobody needs", paper="ours", layout="zigzag",
-        build=descending_ring,
+        build=descending_ring, carry=Ring(-1),
     ),
     "opposing": Method(
         title="KV heads split over two opposing rings", paper="ours", layout="zigzag", build=opposing_rings
@@ -80,6 +85,7 @@ METHODS: dict[str, Method] = {
         paper="Grattafiori et al. 2024 (Llama 3), arXiv:2407.21783",
         layout="zigzag",
         build=all_gather,
+        carry=Direct(0),
     ),
     "mask_aware": Method(
         title="Keys only to ranks whose mask needs them, on a balanced layout",
@@ -87,6 +93,7 @@ METHODS: dict[str, Method] = {
         layout="balanced",
         build=mask_aware,
         stages=4,
+        carry=Direct(4),
     ),
     "ulysses": Method(
         title="DeepSpeed-Ulysses (heads exchanged for tokens)",
@@ -99,7 +106,7 @@ METHODS: dict[str, Method] = {
         paper="ours",
         layout="contiguous",
         build=staged_ulysses,
-        stages=4,
+        stages=2,
     ),
     "usp": Method(
         title="USP (Ulysses inside groups, a ring between them)",
@@ -160,30 +167,51 @@ def reason_against(name: str, mask: Mask, layout: Layout) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def builder(name: str, world: int) -> Build:
-    """The schedule function of a method, with its degree filled in.
+def carries(name: str) -> tuple[Carry, ...]:
+    """How the keys of a method travel, or those of both phases of ``forward+backward``; empty where one does not say.
+
+    Raises ValueError for an unknown method, and for a number of stages that cannot be.
+    """
+    found = [method(part).carry for part in name.split("+")]
+    for index, part in enumerate(name.split("+")):
+        if isinstance(found[index], Direct) and method(part).stages:
+            found[index] = Direct(number_of(part, 1))
+    some = tuple(carry for carry in found if carry is not None)
+    return some if len(some) == len(found) else ()
+
+
+def number_of(name: str, world: int) -> int:
+    """The degree or the number of stages of a method by its name, or its default; 0 for a method that has neither.
 
     Raises ValueError for an unknown method, and for a degree or number of stages that cannot be or has no place.
     """
-    first, plus, second = name.partition("+")
-    if plus:
-        forward, backward = builder(first, world), builder(second, world)
-        return lambda layout, num_heads, num_kv_heads: combined(
-            forward(layout, num_heads, num_kv_heads), backward(layout, num_heads, num_kv_heads)
-        )
     found = method(name)
     _, colon, text = name.partition(":")
     if not found.has_degree and not found.stages:
         if colon:
             takers = ", ".join(other for other, m in METHODS.items() if m.has_degree or m.stages)
             raise ValueError(f"method {name!r} takes no degree; those that do: {takers}")
-        return found.build
-    degree = int(text) if text.isdecimal() else 0 if colon else found.stages or default_degree(world)
-    if found.stages and degree < 1:
+        return 0
+    number = int(text) if text.isdecimal() else 0 if colon else found.stages or default_degree(world)
+    if found.stages and number < 1:
         raise ValueError(f"the stages of {name!r} are a number of at least 1, got {text!r}; name one, or none")
-    if found.has_degree and (degree < 1 or world % degree):
+    if found.has_degree and (number < 1 or world % number):
         raise ValueError(f"the degree of {name!r} must divide the {world} ranks, got {text!r}; name a divisor")
-    return lambda layout, num_heads, num_kv_heads: found.build(layout, num_heads, num_kv_heads, degree)
+    return number
+
+
+def builder(name: str, world: int) -> Build:
+    """The schedule function of a method, with its degree filled in. Raises ValueError as ``number_of``."""
+    first, plus, second = name.partition("+")
+    if plus:
+        forward, backward = builder(first, world), builder(second, world)
+        return lambda layout, num_heads, num_kv_heads: combined(
+            forward(layout, num_heads, num_kv_heads), backward(layout, num_heads, num_kv_heads)
+        )
+    found, number = method(name), number_of(name, world)
+    if not number:
+        return found.build
+    return lambda layout, num_heads, num_kv_heads: found.build(layout, num_heads, num_kv_heads, number)
 
 
 def default_degree(world: int) -> int:

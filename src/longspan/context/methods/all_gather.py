@@ -15,9 +15,8 @@ Cost per rank, unpruned: forward (w-1)·KV; backward (w-1)·KV and (w-1)·KV·a/
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 from longspan.context.geometry import normalise
+from longspan.context.local import Direct
 from longspan.context.passes import derived
 from longspan.context.schedule import Block, Move, Phase, Piece, Schedule, ordered
 from longspan.layout.tokens import Layout
@@ -33,14 +32,14 @@ def mask_aware(layout: Layout, num_heads: int, num_kv_heads: int, stages: int) -
 
     More stages hide sends better, fewer compute faster.
     """
-    return _gather("mask_aware", layout, num_heads, num_kv_heads, stages=min(stages, layout.world - 1))
+    return _gather("mask_aware", layout, num_heads, num_kv_heads, stages=stages)
 
 
 def _gather(name: str, layout: Layout, num_heads: int, num_kv_heads: int, *, stages: int) -> Schedule:
     world, heads, kv_heads = layout.world, (0, num_heads), (0, num_kv_heads)
     moves, blocks = [], []
     distances = list(range(1, world))
-    sizes = _growing(world - 1, stages) if stages else [world - 1]
+    sizes = Direct(stages).sizes(world)
     for rank in range(world):
         own = (layout.owned(rank),)
         if stages:
@@ -54,12 +53,3 @@ def _gather(name: str, layout: Layout, num_heads: int, num_kv_heads: int, *, sta
             blocks.append(Block(stage + 1, rank, own, normalise(layout.owned(r) for r in taken), heads))
     forward = Phase(ordered(moves, world), tuple(blocks))
     return derived(name, layout, num_heads, num_kv_heads, forward)
-
-
-def _growing(total: int, stages: int) -> list[int]:
-    """``total`` in stages that grow: each hides behind the computation of the one before, the first behind that of the
-    own keys alone."""
-    edges = [round(total * (stage / stages) ** 1.5) for stage in range(stages + 1)]
-    for stage in range(1, stages):
-        edges[stage] = max(edges[stage], edges[stage - 1] + 1)
-    return [after - before for before, after in pairwise(edges)]

@@ -18,6 +18,8 @@ the ring as there. Memory: q, k and v of the group for a share of the heads, kep
 
 from __future__ import annotations
 
+import numpy as np
+
 from longspan.context.geometry import Range, Ranges, normalise
 from longspan.context.passes import derived
 from longspan.context.schedule import Block, Move, Phase, Piece, Schedule, kv_heads_of, ordered
@@ -39,8 +41,7 @@ def staged_ulysses(layout: Layout, num_heads: int, num_kv_heads: int, stages: in
     moves, blocks = [], []
     for rank, share in enumerate(_shares(num_heads, world)):
         last_kv = 0
-        parts = [part for part in _shares(share[1] - share[0], stages) if part[0] < part[1]]
-        for stage, heads in enumerate((share[0] + first, share[0] + last) for first, last in parts):
+        for stage, heads in enumerate(_parts(share, stages)):
             kv_heads = kv_heads_of(heads, group_size)
             unsent = max(last_kv, kv_heads[0]), kv_heads[1]  # two parts may read one KV head
             last_kv = kv_heads[1]
@@ -67,6 +68,36 @@ def _shares(num_heads: int, parts: int) -> list[Range]:
         shares.append((first, first + size))
         first += size
     return shares
+
+
+def _parts(share: Range, stages: int) -> list[Range]:
+    """A share of heads stage by stage; a stage has at least one."""
+    parts = (part for part in _shares(share[1] - share[0], stages) if part[0] < part[1])
+    return [(share[0] + first, share[0] + last) for first, last in parts]
+
+
+def head_shares(num_heads: int, degree: int, group_size: int, stages: int) -> np.ndarray:
+    """The shares of the heads that places of a group take, stage by stage: (n, 8) place, stage, heads, KV heads,
+    KV heads sent for it, KV heads whose gradient goes home after it, the stage of that, whether that is complete.
+    """
+    parts = [
+        (place, stage, heads, kv_heads_of(heads, group_size))
+        for place, share in enumerate(_shares(num_heads, degree))
+        for stage, heads in enumerate(_parts(share, stages))
+    ]
+    uses = np.zeros(num_heads // group_size, np.int64)
+    for *_, (start, stop) in parts:
+        uses[start:stop] += 1
+    rows, taken = [], 0
+    for number, (place, stage, heads, kv) in enumerate(parts):
+        # Stages on one range of KV heads send its gradient home together, after the last of them.
+        alike = [other for other, part in enumerate(parts) if (part[0], part[3]) == (place, kv)]
+        taken = 0 if stage == 0 else taken
+        sent, taken = kv[1] - max(taken, kv[0]), kv[1]
+        home = (kv[1] - kv[0]) * (number == alike[-1])
+        complete = bool((uses[slice(*kv)] == len(alike)).all())
+        rows.append((place, stage, heads[1] - heads[0], kv[1] - kv[0], sent, home, stage, complete))
+    return np.array(rows, dtype=np.int64).reshape(-1, 8)
 
 
 def _exchange(name: str, layout: Layout, num_heads: int, num_kv_heads: int, degree: int) -> Schedule:

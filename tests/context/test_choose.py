@@ -1,0 +1,100 @@
+"""Choosing among all methods: the same choice as by every candidate's whole schedule, and soon."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from longspan.attention import masks
+from longspan.attention.masks import Mask
+from longspan.context import choose
+from longspan.context.choose import CANDIDATES, Where, choose_method, default_layout, layout_of
+from longspan.context.estimate import estimate, tabulate
+from longspan.context.geometry import Geometry
+from longspan.context.methods import builder, reason_against
+from longspan.context.passes import prune_schedule
+from longspan.context.schedule import Sizes
+from longspan.hardware.profile import make_profile
+from longspan.hardware.topology import lab, make_topology
+from longspan.layout.tokens import Layout
+
+LENGTHS = [5000, 700, 3000, 4000, 100, 3584]
+MASKS_16K = {
+    "full": masks.full(16384),
+    "causal": masks.causal(16384),
+    "documents": masks.documents(LENGTHS),
+    "window": masks.sliding_window(16384, 1000, 0),
+}
+
+
+def places(world: int) -> dict[str, Where]:
+    device, sizes = make_profile("h200"), Sizes(head_dim=128)
+    wires = {
+        "port": lab("port", world, 100e9),
+        "mesh": lab("mesh", world, 10e9),
+        "h200": make_topology("h200", world),
+        "gloo": make_topology("gloo", world),
+    }
+    return {name: Where(topology=topology, device=device, sizes=sizes) for name, topology in wires.items()}
+
+
+def by_lists(mask: Mask, layout: Layout, h: int, g: int) -> dict[str, tuple]:
+    """Each candidate's tables from its whole pruned schedule, and whether its backward phase stands alone."""
+    geometry, found = Geometry(mask, layout), {}
+    for name in CANDIDATES:
+        if reason_against(name, mask, layout) is None:
+            schedule = prune_schedule(builder(name, layout.world)(layout, h, g), geometry)
+            tables = [tabulate(schedule, geometry, backward=backward) for backward in (False, True)]
+            found[name] = (*tables, not any(move.kept for move in schedule.forward.moves))
+    return found
+
+
+@pytest.mark.parametrize("mask_name", MASKS_16K)
+@pytest.mark.parametrize(("world", "h", "g"), [(4, 8, 8), (8, 8, 2), (16, 16, 2), (16, 8, 1), (12, 12, 12)])
+def test_the_choice_is_that_of_the_whole_schedules(world: int, h: int, g: int, mask_name: str) -> None:
+    mask = MASKS_16K[mask_name]
+    layout = default_layout(mask, world)
+    tables = by_lists(mask, layout, h, g)
+    for where in places(world).values():
+        exact = {
+            name: [estimate(table, where.topology, where.device, where.sizes) for table in both]
+            for name, (*both, _) in tables.items()
+        }
+        chosen = choose_method(mask, layout, h, g, where).chosen
+        forward, _, backward = chosen.method.partition("+")
+        assert chosen.forward_s == pytest.approx(exact[forward][0])
+        assert chosen.backward_s == pytest.approx(exact[backward or forward][1])
+        assert not backward or tables[backward][2]
+        one = min(map(sum, exact.values()))
+        two = min(x[0] for x in exact.values()) + min(x[1] for name, x in exact.items() if tables[name][2])
+        assert chosen.both_s == pytest.approx(two if two * 1.03 < one else one)
+
+
+def test_one_rank() -> None:
+    where = places(1)["port"]
+    assert choose_method(masks.causal(64), layout_of("zigzag", masks.causal(64), 1), 4, 2, where).chosen.both_s > 0
+
+
+def packed(num_tokens: int) -> Mask:
+    rng, lengths = np.random.default_rng(0), []
+    while num_tokens:
+        lengths.append(min(int(rng.lognormal(7.5, 1.2)) + 16, num_tokens))
+        num_tokens -= lengths[-1]
+    return masks.documents(lengths)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [masks.causal, packed])
+def test_choosing_at_64_ranks_takes_less_than_50_ms(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = make(64 * 8192)
+    layout = default_layout(mask, 64)
+    where = Where(topology=make_topology("h200", 64), device=make_profile("h200"), sizes=Sizes(head_dim=128))
+    taken = []
+    for _ in range(8):
+        monkeypatch.setattr(choose, "_chosen", {})
+        start = time.process_time()
+        choose_method(mask, layout, 64, 8, where)
+        taken.append(time.process_time() - start)
+    assert min(taken) < 0.05, taken
