@@ -107,6 +107,10 @@ def test_every_mask_has_a_choice(name: str, capsys: pytest.CaptureFixture[str]) 
         ("--dtype fp8", "'fp8' for argument '--dtype'"),
         ("--heads 6 --kv-heads 4", "query heads must be a multiple of KV heads, got 6 and 4"),
         ("--ranks 0", "sizes must be at least 1"),
+        (
+            "--ranks 129 --length 9999",
+            "estimates times on up to 128 ranks and takes a default",
+        ),
         ("--ranks 2000", "every rank needs a token, got 1000 tokens for 2000 ranks"),
         ("--mask causal_document --histogram nowhere.json", "no histogram can be read from 'nowhere.json'"),
         ("--mask causal_document --histogram {list}", "a histogram maps bins like '[0,32)' to weights, got list"),

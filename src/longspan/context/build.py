@@ -23,7 +23,7 @@ from longspan.context.schedule import Schedule
 from longspan.layout.tokens import Layout
 
 _PROVED_RANKS = 8  # the whole schedule of so many ranks is made and checked in milliseconds
-_WHOLE_RANKS = 128  # that of more would take minutes
+WHOLE_RANKS = 128  # that of more would take minutes
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +76,10 @@ def _refuse_unfit(mask: Mask, layout: Layout, method: str, num_heads: int, num_k
 def checked_schedule(mask: Mask, layout: Layout, method: str, num_heads: int, num_kv_heads: int) -> Schedule:
     """The method's schedule for all ranks, pruned for the mask and proved right. Raises ValueError as ``build``."""
     _refuse_unfit(mask, layout, method, num_heads, num_kv_heads)
-    if layout.world > _WHOLE_RANKS:
+    if layout.world > WHOLE_RANKS:
         able = ", ".join(name for name, found in METHODS.items() if found.carry is not None)
         raise ValueError(
-            f"method {method!r} is made for all ranks at once, at most {_WHOLE_RANKS}, got {layout.world} ranks; "
+            f"method {method!r} is made for all ranks at once, at most {WHOLE_RANKS}, got {layout.world} ranks; "
             f"for more take one of {able}"
         )
     geometry = _geometry(mask, layout)
@@ -138,6 +138,6 @@ def build(
     Raises ValueError for an unknown method or layout, or one that does not fit the mask, the ranks or the heads.
     """
     chosen, resolved = resolve(mask, world, method, layout)
-    if method == "auto" and where is not None and 1 < world <= _WHOLE_RANKS:
+    if method == "auto" and where is not None and 1 < world <= WHOLE_RANKS:
         chosen = choose_method(mask, resolved, num_heads, num_kv_heads, where).chosen.method
     return _built(mask, resolved, chosen, num_heads, num_kv_heads, rank)

@@ -13,13 +13,14 @@ from typing import Literal, get_args
 
 from longspan.attention.masks import Mask
 from longspan.attention.patterns import PATTERNS, make_pattern
+from longspan.context.build import WHOLE_RANKS
 from longspan.context.choose import Where
 from longspan.context.schedule import Sizes
 from longspan.context.trace import chrome_trace, timeline_svg
 from longspan.hardware.profile import make_profile
 from longspan.hardware.rates import parse_rate
 from longspan.hardware.topology import TOPOLOGIES, lab, make_topology
-from longspan.plan.explain import ALL_RANKS, BEST, Explanation, MethodRow, explain, megabytes
+from longspan.plan.explain import ALL_RANKS, BEST, DIRECT_RANKS, Explanation, MethodRow, explain, megabytes
 
 Dtype = Literal["bf16", "fp32", "fp64"]
 _BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
@@ -74,6 +75,11 @@ class PlanConfig:
             raise ValueError(f"query heads must be a multiple of KV heads, got {self.heads} and {self.kv_heads}")
         if self.length < self.ranks:
             raise ValueError(f"every rank needs a token, got {self.length} tokens for {self.ranks} ranks")
+        if self.ranks > WHOLE_RANKS:
+            raise ValueError(
+                f"auto estimates times on up to {WHOLE_RANKS} ranks and takes a default of the layout on more, got "
+                f"{self.ranks}; plan fewer"
+            )
         if self.mask not in PATTERNS:
             raise ValueError(f"unknown mask {self.mask!r}; known: {', '.join(PATTERNS)}")
         if self.topology not in (*TOPOLOGIES, *_LAB):
@@ -153,7 +159,10 @@ def in_text(config: PlanConfig, where: Where, found: Explanation) -> str:
     heads = ("method", "estimated", "forward", "backward", "waiting", "sent, mean", "sent, max", "peak memory")
     lines += table(heads, [_cells(row) for row in found.methods])
     if config.ranks > ALL_RANKS:
-        lines += ["", f"On more than {ALL_RANKS} ranks only the best {BEST} are simulated."]
+        lines += ["", f"On more than {ALL_RANKS} ranks only the best {BEST} are simulated"]
+        if config.ranks > DIRECT_RANKS:
+            lines[-1] += f", and on more than {DIRECT_RANKS} none that sends to all ranks at once"
+        lines[-1] += "."
     lines += ["", "Not in the table:"]
     lines += [f"  {name}: {reason}" for name, reason in found.refused.items()]
     lines += ["", "Layouts considered, each with its best method by estimate:", ""]

@@ -21,6 +21,9 @@ from longspan.layout.tokens import Layout
 
 ALL_RANKS = 16  # up to so many, all methods are simulated
 BEST = 3  # methods that are simulated on more
+# Those that send to all ranks at once are simulated on up to so many: thousands of messages under way take a minute.
+DIRECT_RANKS = 32
+_DIRECT = ("all_gather", "mask_aware")
 MEMORY_RANKS = 32  # up to so many, peak memory is counted, which takes longer than all else
 _BUSY = 0.75  # of the time that the busiest rank computes, from which computation is what bounds
 
@@ -148,14 +151,12 @@ def explain(
     options.sort(key=lambda pair: pair[1].chosen.both_s)
     layout, choice = options[0]
     bench = _Bench(mask, layout, num_heads, num_kv_heads, where)
-    rows = [bench.row(name, choice) for name in _to_simulate(choice, bench)] if simulated else []
-    rows += [
-        MethodRow(method=c.method, estimated_s=c.both_s)
-        for c in choice.candidates
-        if c.method not in {row.method for row in rows}
-    ]
-    told = {row.method for row in rows}
-    refused = {name: bench.reason(name) for name in METHODS if name not in told}
+    rows = {name: bench.row(name, choice) for name in _to_simulate(choice, bench)} if simulated else {}
+    priced = dict.fromkeys((choice.chosen, *choice.candidates))
+    # The chosen one first, whether or not it was simulated.
+    rows = {c.method: rows.get(c.method, MethodRow(method=c.method, estimated_s=c.both_s)) for c in priced} | rows
+    simulated_first = sorted(rows.values(), key=lambda row: (row.method != choice.chosen.method, row.forward_s is None))
+    refused = {name: bench.reason(name) for name in METHODS if name not in rows}
     return Explanation(
         layout=layout,
         chosen=choice.chosen,
@@ -169,9 +170,9 @@ def explain(
             )
             for layout, choice in options
         ),
-        methods=tuple(rows),
+        methods=tuple(simulated_first),
         refused=refused,
-        reasons=tuple(_reasons(rows, options, bench)) if simulated else (),
+        reasons=tuple(_reasons(simulated_first, options, bench)) if simulated else (),
         timelines=bench.phases(choice.chosen.method) if timelines else None,
     )
 
@@ -180,7 +181,7 @@ def _to_simulate(choice: Choice, bench: _Bench) -> list[str]:
     """The chosen method first, then the candidates by time, then what was not priced; few of them on many ranks."""
     names = dict.fromkeys([choice.chosen.method, *(c.method for c in choice.candidates)])
     if bench.world > ALL_RANKS:
-        return list(names)[:BEST]
+        return [name for name in names if bench.quick(name)][:BEST]
     return [*names, *(name for name in METHODS if name not in names and not bench.twin(name) and bench.able(name))]
 
 
@@ -195,6 +196,10 @@ class _Bench:
     def able(self, name: str) -> bool:
         return reason_against(name, self.mask, self.layout) is None
 
+    def quick(self, name: str) -> bool:
+        """Whether simulating it takes seconds at most."""
+        return self.world <= DIRECT_RANKS or not any(part.partition(":")[0] in _DIRECT for part in name.split("+"))
+
     def twin(self, name: str) -> str:
         """The earlier method that is the same schedule on a given layout, or ""."""
         return {"zigzag": "ring", "striped": "ring", "distributed_mha": "usp"}.get(name, "")
@@ -205,7 +210,7 @@ class _Bench:
             return f"cannot compute this mask: {against}"
         if twin := self.twin(name):
             return f"is {twin} once the layout is given"
-        return f"not simulated on more than {ALL_RANKS} ranks, or not of the candidates"
+        return f"by a lower bound of its time not the best, or without a quick estimate on {self.world} ranks"
 
     def phases(self, name: str) -> tuple[Simulation, Simulation]:
         return self._simulate(name)[:2]
@@ -254,6 +259,8 @@ def _reasons(rows: list[MethodRow], options: list[tuple[Layout, Choice]], bench:
     total_s, busiest_s, sent = best.simulated_s or 0.0, best.busiest_s or 0.0, best.max_sent_bytes or 0
     words = [how for name in dict.fromkeys((forward, backward or forward)) if (how := _HOW.get(name.partition(":")[0]))]
     said = []
+    if best.simulated_s is None:
+        return [f"{best.method} sends to all ranks at once, which is not simulated on more than {DIRECT_RANKS} ranks."]
     if bench.world > 1:
         by = "computation" if busiest_s > _BUSY * total_s else "the wires"
         said.append(
@@ -269,7 +276,7 @@ def _reasons(rows: list[MethodRow], options: list[tuple[Layout, Choice]], bench:
         than = f"{ratio - 1:.0%} longer"
         if ratio < 1:
             than = f"{1 - ratio:.0%} less by simulation; the estimate, by which auto chooses, is coarser"
-        said.append(f"The next best, {second.method}, takes {than}.")
+        said.append(f"Of the others simulated, {second.method} comes next: it takes {than}.")
     (layout, _), *rest = options
     plain = next((other for other, _ in options if other.name == "contiguous"), layout)
     load, plain_load = imbalance(bench.mask, layout), imbalance(bench.mask, plain)

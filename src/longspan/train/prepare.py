@@ -15,7 +15,7 @@ import torch
 from longspan.attention import masks
 from longspan.attention.masks import Mask
 from longspan.context.attend import where_of
-from longspan.context.build import Built, resolve
+from longspan.context.build import WHOLE_RANKS, Built, resolve
 from longspan.context.choose import Where, choose_layout, in_words, layout_of
 from longspan.context.sequence import LayerKind, build_layer, windowed
 from longspan.layout.mesh import Mesh
@@ -50,7 +50,8 @@ class Prepare:
         kinds: the model's kinds of attention layer.
         world, rank: of the ranks that share a sequence.
         method, layout: as the plan has them.
-        where: what those ranks run on, the same on all of them; None where nothing is to choose.
+        where: what those ranks run on, the same on all of them; None where nothing is chosen by time, and "auto" is
+            the default of mask and ranks.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -101,7 +102,7 @@ def make_prepare(config: DecoderConfig, plan: Plan, mesh: Mesh, device: torch.de
     ``plan`` with its precision resolved. Raises ValueError, on all of those ranks, where that cannot be told.
     """
     where = None
-    if plan.method == "auto" and mesh.context_size > 1:
+    if plan.method == "auto" and 1 < mesh.context_size <= WHOLE_RANKS:
         dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
         where = where_of(mesh.context_group, device, dtype=dtype, head_dim=config.attention.head_dim)
     return Prepare(
