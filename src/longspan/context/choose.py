@@ -204,10 +204,13 @@ def _choose(mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int, where
     if num_heads <= layout.world:
         able.remove("staged_ulysses")  # no rank has two heads: it is Ulysses
     search.price([name for name in able if name in JOINT])
-    # All others compute shard by shard, so one bound tells whether any of them is worth its tables.
-    least = [search.world.least_s(where.device, where.sizes, search.known, backward=b) for b in (False, True)]
-    if search.hopes(*least):
-        search.price([name for name in able if name not in JOINT])
+    # The others compute shard by shard, so that a bound tells before any table whether one is worth it.
+    at = where.topology, where.device, where.sizes, search.known
+
+    def hopeful(name: str) -> bool:
+        return search.hopes(*(search.world.least_s(name, *at, backward=backward) for backward in (False, True)))
+
+    search.price([name for name in able if name not in JOINT and hopeful(name)])
     best, forward, backward = search.best()
     if (forward.forward_s + backward.backward_s) * _MIXING_MARGIN < best.both_s:
         name = forward.method if forward is backward else f"{forward.method}+{backward.method}"
