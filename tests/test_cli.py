@@ -64,6 +64,7 @@ def tree(folder: Path) -> dict[str, bytes]:
         ("generate nowhere --prompt x", "a checkpoint must be a folder that exists, got 'nowhere'"),
         ("generate . --prompt x --dtype fp64", "'fp64' for argument '--dtype'"),
         ("methods all", "longspan methods takes no options, got 'all'"),
+        ("plan --explian", "unknown option '--explian' of longspan plan; did you mean --explain?"),
         ("doctor --ranks 0", "doctor checks channels between 2 to 16 ranks, got 0; pass --ranks 2"),
         ("demo --ranks 0", "the demo runs on 1 to 512 ranks, got 0; change --ranks"),
         ("bench --suite speed", "'speed' for argument '--suite'"),

@@ -1,4 +1,4 @@
-"""The command line: ``longspan train | generate | demo | doctor | methods | bench``.
+"""The command line: ``longspan train | generate | demo | doctor | methods | plan | bench``.
 
 Options come from the dataclasses. A mistake is one line on standard error and exit code 2; a run that failed on the way
 exits with 1, an interrupted one with 130.
@@ -321,12 +321,19 @@ def _bench(argv: Sequence[str]) -> int:
     return run_training_bench(config.ranks, config.lengths, config.steps, config.out)
 
 
+def _plan(argv: Sequence[str]) -> int:
+    from longspan.plan.command import PlanConfig, run_plan
+
+    return run_plan(parse(PlanConfig, argv, "longspan plan", switches=True))
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train a model, on one rank or many"),
     "generate": (_generate, "continue a prompt with a checkpoint"),
     "demo": (_demo, "train a small model on real text over two ranks, and write a report"),
     "doctor": (_doctor, "what is here, checked: devices, back ends, every communication channel"),
     "methods": (_methods, "every method, layout, mask and kernel, and where each is verified"),
+    "plan": (_plan, "which context-parallel method and token layout would be chosen, and why"),
     "bench": (_bench, "measure on this machine: training, attention over a network, or attention kernels"),
 }
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 import pytest
 
 from longspan.bench import network
-from longspan.bench.network import Counter, Host, NetworkError, counters, lab, parse_rate, refusal, total
+from longspan.bench.network import Counter, Host, NetworkError, counters, lab, refusal, total
 
 _LIMIT_S = 20.0
 _SERVER = """
@@ -101,34 +101,6 @@ def took_s(server: subprocess.Popen[str], num_bytes: int) -> float:
     arrived, seconds = server.communicate(timeout=_LIMIT_S)[0].split()
     assert int(arrived) == num_bytes
     return float(seconds)
-
-
-@pytest.mark.parametrize(
-    ("text", "rate"),
-    [
-        ("100mbit", 1e8),
-        ("1.5gbit", 1.5e9),
-        ("500 kbit", 5e5),
-        ("2000bit", 2e3),
-        ("10Mbit/s", 1e7),
-        ("1gbitps", 1e9),
-        ("none", None),
-    ],
-)
-def test_rates_are_read(text: str, rate: float | None) -> None:
-    assert parse_rate(text) == rate
-
-
-@pytest.mark.parametrize("text", ["", "fast", "100", "100mb", "100mbyte", "-1mbit", "1e3mbit", "mbit", "nan"])
-def test_what_is_no_rate_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"a rate must be a number .* got .*; say 100mbit"):
-        parse_rate(text)
-
-
-@pytest.mark.parametrize("text", ["0mbit", "999bit", "101gbit"])
-def test_rates_out_of_reach_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"from 1 kbit/s to 100 Gbit/s, got .*; pass none"):
-        parse_rate(text)
 
 
 def test_sizes_and_kinds_are_refused_before_anything_is_made(monkeypatch) -> None:

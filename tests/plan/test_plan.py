@@ -27,6 +27,7 @@ def test_context_takes_the_ranks_that_are_left() -> None:
         ({"data": 3}, 4, "got data 3 x context 1 for 4 ranks"),
         ({"data": 2, "context": 4}, 4, "start 8 ranks"),
         ({"tensor": 2, "context": 1}, 3, "tensor 2"),
+        ({"method": "usp:3"}, 4, "must divide the 4 ranks, got '3'"),
     ],
 )
 def test_a_plan_that_does_not_fit_the_world(values: dict, world: int, words: str) -> None:
@@ -44,6 +45,11 @@ def test_a_plan_that_does_not_fit_the_world(values: dict, world: int, words: str
         (json.dumps({"context": True}), "context must be int"),
         (json.dumps({"shard": "zero1"}), "one of none, zero2, zero3"),
         (json.dumps({"data": 0}), "at least 1"),
+        (json.dumps({"method": "rign"}), "unknown context-parallel method 'rign'; known: auto, ring"),
+        (json.dumps({"method": "ulysses+brust"}), "unknown context-parallel method 'brust'"),
+        (json.dumps({"method": "ring:2"}), "takes no degree"),
+        (json.dumps({"method": "usp:two"}), "got 'two'; name a divisor"),
+        (json.dumps({"layout": "zigzga"}), "unknown layout 'zigzga'; known: contiguous, zigzag"),
     ],
 )
 def test_bad_plans_are_refused_by_name(text: str, words: str, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def evaluate(rank: int, world: int) -> list[int]:
     gc.disable()  # nothing may need it
     held = []
     for _ in range(3):
-        total_nats(trainer.model, windows, trainer.plan, trainer.mesh, trainer.device)
+        total_nats(trainer.model, windows, trainer.prepare, trainer.mesh, trainer.device)
         held.append(len(handles._TABLE))
     return held
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from longspan.context.methods import METHODS
 from longspan.mixers.config import AttentionConfig
 from longspan.model.config import DecoderConfig, MlpConfig
 from longspan.model.decoder import build
@@ -58,7 +59,7 @@ def reference(config: DecoderConfig, documents: bool) -> tuple[float, dict[str, 
     return float(total.detach()) / count, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def micros(plan: Plan, rank: int, num_micro: int, documents: bool) -> list[tuple[Batch, dict]]:
+def micros(plan: Plan, rank: int, num_micro: int, documents: bool) -> list[tuple[Batch, Any]]:
     tokens, labels = rows(documents)
     data_rank = rank // plan.context
     parts = plan.data * num_micro
@@ -77,7 +78,7 @@ def micros(plan: Plan, rank: int, num_micro: int, documents: bool) -> list[tuple
                 Batch(
                     tokens=t, labels=y, lengths=lengths, num_labels=count, position=0, micro=micro, num_micro=num_micro
                 ),
-                {},
+                None,
             )
         )
     return batches
@@ -155,6 +156,21 @@ def test_windows_untied_head_and_learned_positions() -> None:
     assert_parity(Plan(context=2), 2, config=config)
 
 
+def by_name(rank: int, world: int, plans: list[Plan]) -> list[Any]:
+    return [one_rank(rank, world, plan.fit(world), CONFIG, 1, False, False) for plan in plans]
+
+
+def test_every_method_and_layout_by_name() -> None:
+    plans = [Plan(method=name) for name in (*METHODS, "usp:2", "ulysses+burst", "auto")]
+    plans += [Plan(method="ring", layout="striped"), Plan(layout="zigzag"), Plan(layout="balanced")]
+    loss, grads = reference(CONFIG, False)
+    for results in run_ranks(by_name, 2, plans):
+        for plan, (got_loss, got) in zip(plans, results, strict=True):
+            assert abs(got_loss - loss) <= 1e-5 * abs(loss), plan
+            for name, expected in grads.items():
+                assert (got[name] - expected).abs().max() <= 1e-5 * expected.abs().max(), (plan, name)
+
+
 def test_the_comparison_bites() -> None:
     """A context that forgets the other rank's keys does not pass."""
     with pytest.raises(AssertionError):
@@ -171,5 +187,9 @@ def forgetful_rank(rank: int, world: int) -> Any:
         def attend(self, q, k, v, **options):
             return LocalContext(q.shape[1]).attend(q, k, v, **options)
 
-    loop.make_context = lambda n, plan, mesh, device: Forgetful(loop.masks.causal(n), mesh.context_group, device=device)
+    def forget(length, prepare, mesh, device, *, rows):
+        mask = loop.masks.causal(length)
+        return Forgetful(mask, mesh.context_group, device=device), prepare.of(mask)
+
+    loop.make_context = forget
     return one_rank(rank, world, Plan(context=2), CONFIG, 1, False, False)

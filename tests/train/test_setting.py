@@ -21,6 +21,12 @@ from tests.train.runs import given_model, tiny_decoder
 EVAL = ("--eval.tokens", "256", "--eval.contexts", "16", "64")
 
 
+def notes(run: Path) -> list[str]:
+    """The events of a run, without the methods that were chosen."""
+    said = [record["message"] for record in records(run, "event")]
+    return [text for text in said if not text.startswith("attention over")]
+
+
 # ---------------------------------------------------------------- what is known before training
 
 
@@ -28,7 +34,7 @@ def test_a_model_that_no_architecture_holds_has_its_report(tmp_path: Path) -> No
     file = tiny_decoder(tmp_path / "model.json", wiring="parallel")
     options = ("--model.config", str(file), *EVAL, "--prompt", "the ")
     said = forked(*given_model(tmp_path / "run", *options), world=2).good().out
-    events = [record["message"] for record in records(tmp_path / "run", "event")]
+    events = notes(tmp_path / "run")
     assert len(events) == 1 and events[0].startswith("the model is not exported: ") and "wiring" in events[0]
     assert f"\n{events[0]}\n" in f"\n{said}" and "model   not exported: " in said and "sample" not in said
     report = (tmp_path / "run" / "report.html").read_text()
@@ -68,7 +74,7 @@ def test_what_was_left_out_is_said(tmp_path: Path) -> None:
     (data / "empty.txt").write_bytes(b"")
     options = ("--eval.tokens", "4096", "--eval.contexts", "16", "8192")
     said = forked(*train(tmp_path / "run", *options), world=2).good().out
-    events = [record["message"] for record in records(tmp_path / "run", "event")]
+    events = notes(tmp_path / "run")
     report = (tmp_path / "run" / "report.html").read_text()
     assert events[0] == "documents left out: 1 binary, 1 empty"
     assert events[1].startswith("no evaluation at context 8,192: the held-out text has ")

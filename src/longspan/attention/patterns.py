@@ -45,6 +45,8 @@ def read_histogram(histogram: Mapping[str, float] | str | Path) -> tuple[np.ndar
         ValueError: a bin is not written ``[a,b)`` with a < b, or the weights are negative or all zero.
     """
     table = histogram if isinstance(histogram, Mapping) else json.loads(Path(histogram).read_text())
+    if not isinstance(table, Mapping):
+        raise ValueError(f"a histogram maps bins like '[0,32)' to weights, got {type(table).__name__}; write it so")
     bins, weights = [], []
     for text, weight in table.items():
         start, _, stop = text.strip().removeprefix("[").removesuffix(")").partition(",")
@@ -264,3 +266,22 @@ DOCUMENT_PATTERNS: dict[str, Callable[..., list[int]]] = {
     "causal_blockwise": sample_lengths,
     "prefix_lm_document": sample_lengths,
 }
+
+
+def make_pattern(name: str, num_tokens: int, *, histogram: str | Path | None = None, seed: int = 0) -> Mask:
+    """The mask of a pattern, its documents drawn where it has any: equal wherever it is made.
+
+    Args:
+        histogram: document lengths as ``sample_lengths`` takes them; None: uniform from 1/32 to 1/4 of the length.
+        seed: of the documents.
+
+    Raises:
+        ValueError: an unknown name, or a file that holds no histogram.
+    """
+    if name not in PATTERNS:
+        raise ValueError(f"unknown mask {name!r}; known: {', '.join(PATTERNS)}")
+    if name not in DOCUMENT_PATTERNS:
+        return PATTERNS[name](num_tokens)
+    low, high = max(1, num_tokens // 32), max(2, num_tokens // 4)
+    table = {f"[{low},{high})": 1.0} if histogram is None else histogram
+    return PATTERNS[name](num_tokens, lengths=DOCUMENT_PATTERNS[name](table, num_tokens, seed))

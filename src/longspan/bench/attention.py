@@ -28,9 +28,10 @@ from typing import Any, Literal
 
 from longspan.attention.patterns import PATTERNS
 from longspan.bench.attention_cell import Cell, Job, Problem, solve
-from longspan.bench.network import Host, Network, lab, parse_rate
+from longspan.bench.network import Host, Network, lab
 from longspan.bench.record import append_row, head, key, now, plain, quartiles, read_rows, versions
 from longspan.context.methods import METHODS, builder
+from longspan.hardware.rates import parse_rate
 
 _START_LIMIT_S = 120.0
 _GRACE_S = 2.0

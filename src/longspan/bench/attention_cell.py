@@ -27,7 +27,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
 from longspan.attention.masks import Mask
-from longspan.attention.patterns import DOCUMENT_PATTERNS, PATTERNS
+from longspan.attention.patterns import make_pattern
 from longspan.bench.exact import excess, formula_by_rows, make_inputs
 from longspan.bench.network import counters, total
 from longspan.bench.timing import release_memory
@@ -66,11 +66,7 @@ class Problem:
 
     def make_mask(self) -> Mask:
         """The mask; equal on every rank."""
-        if self.mask not in DOCUMENT_PATTERNS:
-            return PATTERNS[self.mask](self.length)
-        low, high = max(1, self.length // 32), max(2, self.length // 4)
-        histogram = {f"[{low},{high})": 1.0} if self.histogram is None else self.histogram
-        return PATTERNS[self.mask](self.length, lengths=DOCUMENT_PATTERNS[self.mask](histogram, self.length, self.seed))
+        return make_pattern(self.mask, self.length, histogram=self.histogram, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Literal, NoReturn
 
+from longspan.hardware.rates import check_rate
+
 Kind = Literal["port", "mesh"]
 MAX_HOSTS = 64
 # Ethernet, IPv4 and TCP with time stamps: what the kernel counts beside the payload, once per packet that it handles.
@@ -35,8 +37,6 @@ HEADER_BYTES = 14 + 20 + 32
 
 _PREFIX = "longspan"
 _ADDRESSES = "10.77.0"
-_UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-_RATE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]?bit)(?:/s|ps)?", re.IGNORECASE)
 # A bucket of 2 ms hides less than a packet's time from the measurement; below 16 KiB the timer wakes too often.
 _BURST_S, _MIN_BURST_BYTES = 2e-3, 16 * 1024
 # A deep queue: where several hosts send to one at once, a shallow one drops, and the measurement is of TCP's timers.
@@ -46,29 +46,6 @@ _COMMAND_LIMIT_S = 30.0
 
 class NetworkError(ValueError):
     """The lab cannot be made here: the message says why in one line, and what to do about it."""
-
-
-def parse_rate(text: str) -> float | None:
-    """Bits per second of "100mbit", "1.5gbit" and the like; None (no limit) for "none".
-
-    Raises ValueError for anything else, and for rates outside 1 kbit/s to 100 Gbit/s.
-    """
-    if text.strip().lower() == "none":
-        return None
-    match = _RATE.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"a rate must be a number with bit, kbit, mbit or gbit, or none, got {text!r}; say 100mbit")
-    rate_bit_per_s = float(match[1]) * _UNITS[match[2].lower()]
-    check_rate(rate_bit_per_s)
-    return rate_bit_per_s
-
-
-def check_rate(rate_bit_per_s: float) -> None:
-    """Raises ValueError for a rate that a token bucket cannot be trusted to keep."""
-    if not 1e3 <= rate_bit_per_s <= 100e9:  # NaN as well
-        raise ValueError(
-            f"a rate must be from 1 kbit/s to 100 Gbit/s, got {rate_bit_per_s:g} bit/s; pass none for no limit"
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

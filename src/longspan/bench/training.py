@@ -52,7 +52,7 @@ def measure(length: int, steps: int) -> dict[str, Any]:
     batch = Batch(tokens=tokens[:, :-1], labels=tokens[:, 1:], lengths=None, num_labels=length, position=0)
     small = min(length, 16 * world)
     warm = Batch(tokens=tokens[:, :small], labels=tokens[:, 1 : small + 1], lengths=None, num_labels=small, position=0)
-    trainer.gradients([(warm, {})])  # allocates gradients and connects the ranks
+    trainer.gradients([(warm, None)])  # allocates gradients and connects the ranks
     gc.collect()
     before = resident_bytes(joined.device)
     reset_peak_memory(joined.device)
@@ -60,7 +60,7 @@ def measure(length: int, steps: int) -> dict[str, Any]:
     for step in range(steps + 1):
         dist.barrier()
         start = time.perf_counter()
-        losses.append(trainer.step(step, steps + 1, [(batch, {})])["loss"])
+        losses.append(trainer.step(step, steps + 1, [(batch, None)])["loss"])
         if joined.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)

@@ -13,12 +13,14 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from operator import attrgetter
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from longspan.attention.masks import Mask
 from longspan.context.balance import balanced, bytes_fraction, imbalance
@@ -38,12 +40,17 @@ _log = logging.getLogger(__name__)
 _BALANCE_MARGIN = 1.02  # a layout must be better by this factor to be preferred over an earlier one
 
 
+def check_layout_name(name: str) -> None:
+    """Raises ValueError for what is no layout."""
+    if name != "balanced" and name not in LAYOUTS:
+        raise ValueError(f"unknown layout {name!r}; known: {', '.join(LAYOUTS)}, balanced")
+
+
 def layout_of(name: str, mask: Mask, world: int) -> Layout:
     """The layout of that name for a mask. Raises ValueError for an unknown name."""
+    check_layout_name(name)
     if name == "balanced":
         return balanced(mask, world)
-    if name not in LAYOUTS:
-        raise ValueError(f"unknown layout {name!r}; known: {', '.join(LAYOUTS)}, balanced")
     return make_layout(name, mask.num_tokens, world)
 
 
@@ -165,8 +172,30 @@ def choose_method(mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int,
     key = (*_statistics(mask, layout), layout.name, layout.world, num_heads, num_kv_heads, where)
     if key not in _chosen:
         choice = _chosen[key] = _choose(mask, layout, num_heads, num_kv_heads, where)
-        _log.info("context parallelism on %s: %s", where.topology.name, choice)
+        _say_choice(choice, layout, where)
     return _chosen[key]
+
+
+def in_words(choice: Choice, layout: Layout, where: Where) -> str:
+    """What was chosen and why, in one line for people."""
+    best = choice.chosen
+    others = [c for c in choice.candidates if c.method not in best.method.split("+")]
+    than = f", {others[0].method} {1e3 * others[0].both_s:.3g} ms" if others else ""
+    return (
+        f"attention over {layout.world} ranks: method {best.method}, layout {layout.name}; estimated on "
+        f"{where.topology.name} at {1e3 * best.both_s:.3g} ms a layer{than} (longspan plan --explain tells why)"
+    )
+
+
+_said: set[tuple[str, str, str]] = set()
+
+
+def _say_choice(choice: Choice, layout: Layout, where: Where) -> None:
+    """Log a choice once, on rank 0 alone."""
+    what = (where.topology.name, layout.name, choice.chosen.method)
+    if what not in _said and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        _log.info(in_words(choice, layout, where))
+    _said.add(what)
 
 
 def _statistics(mask: Mask, layout: Layout) -> tuple[float, ...]:
@@ -246,9 +275,27 @@ def _choose(mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int, where
     return Choice(best, tuple(sorted(search.found, key=_both_s)))
 
 
-def choose_layout(mask: Mask, world: int, num_heads: int, num_kv_heads: int, where: Where) -> tuple[Layout, Choice]:
-    """The layout, and the method on it, with the least estimated time: balance against bytes, at the wires' price."""
+def layout_options(mask: Mask, world: int) -> list[Layout]:
+    """The layouts that ``choose_layout`` chooses from by default, each once."""
     options = [layout_of(name, mask, world) for name in ("contiguous", "zigzag")]
     options += [balanced(mask, world, tolerance=tolerance) for tolerance in (0.02, 0.3)]
-    chosen = [(layout, _choose(mask, layout, num_heads, num_kv_heads, where)) for layout in dict.fromkeys(options)]
+    return list(dict.fromkeys(options))
+
+
+def choose_layout(
+    mask: Mask,
+    world: int,
+    num_heads: int,
+    num_kv_heads: int,
+    where: Where,
+    *,
+    layouts: Sequence[Layout] | None = None,
+) -> tuple[Layout, Choice]:
+    """The layout, and the method on it, with the least estimated time: balance against bytes, at the wires' price.
+
+    ``layouts`` are those to choose from, by default ``layout_options``: contiguous, zigzag, and two that are balanced,
+    one closely and one loosely. A pure function of its arguments, unlike ``choose_method``; nothing is cached.
+    """
+    options = layout_options(mask, world) if layouts is None else layouts
+    chosen = [(layout, _choose(mask, layout, num_heads, num_kv_heads, where)) for layout in options]
     return min(chosen, key=lambda pair: pair[1].chosen.both_s)

@@ -95,14 +95,19 @@ class SequenceContext:
         self.renew(mask, positions)
 
     def renew(
-        self, mask: Mask, positions: np.ndarray | None = None, built: Mapping[LayerKind, Built] | None = None
+        self,
+        mask: Mask,
+        positions: np.ndarray | None = None,
+        built: Mapping[LayerKind, Built] | None = None,
+        layout: Layout | None = None,
     ) -> None:
         """Set the mask (and position ids) of the next sequence; ``built`` programs from a data worker are used.
 
+        ``layout`` of this mask alone, in place of the context's own.
         Collective over the group: ranks compare their masks. The backward of what ran before must be over.
         """
         self.mask = mask
-        self.layout = resolve(mask, self.world, self.method, self._layout)[1]
+        self.layout = resolve(mask, self.world, self.method, self._layout if layout is None else layout)[1]
         local = self.layout.positions(self.rank)
         if positions is not None and np.shape(positions) != (mask.num_tokens,):
             raise ValueError(

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from longspan.context.choose import check_layout_name
+from longspan.context.methods import builder, check_name
+
 Shard = Literal["none", "zero2", "zero3"]
 Recompute = Literal["none", "full", "attention"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -30,7 +33,9 @@ class Plan:
             and optimiser state split over data x context), "zero3" (parameters too).
         recompute: activation checkpointing: "none", "full" (each block), "attention" (each block but its attention,
             whose output is kept: LightSeq).
-        method, layout: context-parallel method and token layout; "auto" chooses.
+        method, layout: context-parallel method, as "usp:4" or "ulysses+burst" too, and token layout. Method "auto" is
+            the one with the least estimated time where the run runs, and layout "auto" is then chosen with it; a
+            method that is named has its own layout.
         precision: of the computation; "auto" is bf16 on CUDA and fp32 elsewhere. Master weights and optimiser state are
             fp32.
         mlp_tile: tokens that an MLP mixes at a time; 0 for all.
@@ -60,9 +65,13 @@ class Plan:
                 raise ValueError(
                     f"a plan's {name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}"
                 )
+        if self.method != "auto":
+            check_name(self.method)
+        if self.layout != "auto":
+            check_layout_name(self.layout)
 
     def fit(self, world: int) -> Plan:
-        """The plan with ``context`` resolved. Raises ValueError where it does not fit ``world`` ranks."""
+        """The plan with ``context`` resolved. Raises ValueError where axes or method do not fit ``world`` ranks."""
         fixed = self.data * self.tensor * self.pipeline * self.expert
         context = self.context or max(1, world // fixed)
         if fixed * context != world:
@@ -76,6 +85,8 @@ class Plan:
                 f"a plan's axes must multiply to the number of ranks, got {axes} for {world} ranks; change the plan or "
                 f"start {fixed * context} ranks"
             )
+        if self.method != "auto":
+            builder(self.method, context)  # refuses a degree that does not divide the ranks
         return dataclasses.replace(self, context=context)
 
     def on(self, device_type: str) -> Plan:

@@ -11,19 +11,24 @@ from longspan.attention import masks
 from longspan.context.sequence import SequenceContext
 from longspan.layout.mesh import Mesh
 from longspan.model.decoder import DecoderLM
-from longspan.plan.plan import Plan
 from longspan.train.data.batches import NO_LABEL
 from longspan.train.data.evaluation import HeldOutWindows
+from longspan.train.prepare import Prepare, Prepared
 
 _TOKENS_AT_ONCE = 16384
 
 
-def make_context(num_tokens: int, plan: Plan, mesh: Mesh, device: torch.device) -> SequenceContext:
-    """A causal context of one length for a plan."""
-    layout = None if plan.layout == "auto" else plan.layout
-    return SequenceContext(
-        masks.causal(num_tokens), mesh.context_group, method=plan.method, layout=layout, device=device
+def make_context(
+    num_tokens: int, prepare: Prepare, mesh: Mesh, device: torch.device, *, rows: int = 1
+) -> tuple[SequenceContext, Prepared]:
+    """A causal context for rows of one length, and what was chosen for it."""
+    mask = masks.causal(num_tokens)
+    prepared = prepare.of(mask, rows)
+    ctx = SequenceContext(
+        mask, mesh.context_group, method=prepare.method, layout=prepared.layout, device=device, where=prepare.where
     )
+    ctx.renew(mask, built=prepared.built)
+    return ctx, prepared
 
 
 def reduce_sums(values: list[float]) -> list[float]:
@@ -35,12 +40,12 @@ def reduce_sums(values: list[float]) -> list[float]:
 
 @torch.no_grad()
 def total_nats(
-    model: DecoderLM, windows: HeldOutWindows, plan: Plan, mesh: Mesh, device: torch.device
+    model: DecoderLM, windows: HeldOutWindows, prepare: Prepare, mesh: Mesh, device: torch.device
 ) -> tuple[float, int]:
     """(sum of losses in nats, number of labels) of held-out windows, over all ranks. Collective."""
     num_windows, context = windows.tokens.shape
     at_once = max(1, _TOKENS_AT_ONCE // context)
-    ctx = make_context(context, plan, mesh, device)
+    ctx, _ = make_context(context, prepare, mesh, device, rows=at_once)
     nats, labels = 0.0, 0
     step = at_once * mesh.data_size
     for first in range(0, num_windows, step):

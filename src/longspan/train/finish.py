@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from longspan import __version__
 from longspan.attention import masks
-from longspan.context.build import checked_schedule, resolve
+from longspan.context.build import checked_schedule
 from longspan.context.geometry import Geometry
 from longspan.context.schedule import Sizes
 from longspan.context.timeline import timeline
@@ -146,7 +146,10 @@ def _report(
     records = read_metrics(config.out / "metrics.jsonl")
     length = setting.batches.max_length
     mask = masks.causal(length)
-    method, layout = resolve(mask, plan.context, plan.method, None if plan.layout == "auto" else plan.layout)
+    rows_of_step = next(stage.rows for stage in setting.batches.stages if stage.length == length)
+    parts = plan.data * setting.batches.num_micro(rows_of_step, plan.data)
+    prepared = trainer.prepare.of(mask, -(-rows_of_step // parts))
+    method, layout = next(iter(prepared.built.values())).method, prepared.layout
     attention = setting.decoder.attention
     rows: list[dict[str, Any]] = []
     if plan.context <= _TIMELINE_WORLD:

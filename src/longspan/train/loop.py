@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from longspan.attention import masks
-from longspan.context.build import Built
-from longspan.context.sequence import LayerKind, SequenceContext, build_layer
+from longspan.context.sequence import SequenceContext
 from longspan.hardware.devices import peak_memory_bytes
 from longspan.layout.mesh import Mesh, make_mesh
 from longspan.model.config import DecoderConfig
@@ -32,40 +30,11 @@ from longspan.train.config import OptimConfig, TrainConfig
 from longspan.train.data.batches import Batch
 from longspan.train.evaluate import make_context, reduce_sums
 from longspan.train.parallel import parallelise
+from longspan.train.prepare import Prepared, make_prepare
 
 
 class NotFiniteError(RuntimeError):
     """The loss or the gradient is not finite; the optimiser step was not taken."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prepare:
-    """Runs in the data worker: attention schedules for a packed batch's mask, once for all layers of one kind."""
-
-    kinds: tuple[LayerKind, ...]
-    context_size: int
-    context_rank: int
-    method: str
-    layout: str | None
-
-    def __call__(self, batch: Batch) -> dict[LayerKind, Built]:
-        if batch.lengths is None:
-            return {}
-        mask = masks.documents(batch.lengths, causal=True)
-        return {
-            kind: build_layer(mask, kind, self.context_size, self.context_rank, self.method, self.layout)
-            for kind in self.kinds
-        }
-
-
-def layer_kinds(config: DecoderConfig) -> tuple[LayerKind, ...]:
-    """The different kinds of attention layer of a model."""
-    attention = config.attention
-    return tuple(
-        dict.fromkeys(
-            (attention.num_heads, attention.kv_heads, config.window(layer)) for layer in range(config.num_layers)
-        )
-    )
 
 
 def make_model(
@@ -103,45 +72,51 @@ class Trainer:
         self.mesh = make_mesh(plan.data, plan.context, shard=plan.shard != "none", device_type=device.type)
         self.model = make_model(decoder, plan, self.mesh, device, config.seed, config.init)
         self.optimizer = make_optimizer(self.model, config.optim)
-        self._contexts: dict[int, SequenceContext] = {}
+        self.prepare = make_prepare(decoder, plan, self.mesh, device)
+        self._contexts: dict[tuple[int, int], SequenceContext] = {}
         self._packed: SequenceContext | None = None
+        self._chosen: set[tuple[str, ...]] = set()
+        self._notes: list[str] = []
 
-    @property
-    def prepare(self) -> Prepare:
-        """What the data worker runs on each batch."""
-        return Prepare(
-            layer_kinds(self.model.config),
-            self.mesh.context_size,
-            self.mesh.context_rank,
-            self.plan.method,
-            None if self.plan.layout == "auto" else self.plan.layout,
-        )
+    def notes(self) -> list[str]:
+        """What was chosen since the last call, in words: layout and method, when they are new to this run."""
+        notes, self._notes = self._notes, []
+        return notes
 
-    def context(self, batch: Batch, built: dict[LayerKind, Built]) -> SequenceContext:
-        """The batch's mask over the context ranks."""
+    def context(self, batch: Batch, prepared: Prepared | None) -> SequenceContext:
+        """The batch's mask over the context ranks; ``prepared`` where the data worker has done so."""
         if batch.lengths is None:
-            length = batch.tokens.shape[1]
-            if length not in self._contexts:
-                self._contexts[length] = make_context(length, self.plan, self.mesh, self.device)
-            return self._contexts[length]
+            rows, length = batch.tokens.shape
+            if (rows, length) not in self._contexts:
+                self._contexts[rows, length], prepared = make_context(
+                    length, self.prepare, self.mesh, self.device, rows=rows
+                )
+                self._note(prepared)
+            return self._contexts[rows, length]
         mask, positions = masks.documents(batch.lengths, causal=True), batch.positions().numpy()
+        prepared = prepared or self.prepare.of(mask)
+        self._note(prepared)
         if self._packed is None:
-            layout = None if self.plan.layout == "auto" else self.plan.layout
             self._packed = SequenceContext(
-                mask, self.mesh.context_group, method=self.plan.method, layout=layout, device=self.device
+                mask, self.mesh.context_group, method=self.plan.method, layout=prepared.layout, device=self.device
             )
-        self._packed.renew(mask, positions, built)
+        self._packed.renew(mask, positions, prepared.built, prepared.layout)
         return self._packed
 
-    def gradients(self, micros: list[tuple[Batch, dict[LayerKind, Built]]]) -> float:
+    def _note(self, prepared: Prepared) -> None:
+        if prepared.why and prepared.names not in self._chosen:
+            self._chosen.add(prepared.names)
+            self._notes.append(prepared.why)
+
+    def gradients(self, micros: list[tuple[Batch, Prepared | None]]) -> float:
         """Adds the gradient of the mean loss of a step's micro-batches to the parameters; returns the mean loss."""
         labels = sum(batch.num_labels for batch, _ in micros)
         # Ranks that share a sequence hold the same batch: count it once.
         (total,) = reduce_sums([labels / self.mesh.context_size])
         total = max(1.0, round(total))
         nats = 0.0
-        for index, (batch, built) in enumerate(micros):
-            ctx = self.context(batch, built)
+        for index, (batch, prepared) in enumerate(micros):
+            ctx = self.context(batch, prepared)
             self.model.set_requires_gradient_sync(index == len(micros) - 1)  # type: ignore[attr-defined]
             tokens, wanted = (ctx.local(x).to(self.device) for x in (batch.tokens, batch.labels))
             loss, _ = self.model.loss(tokens, wanted, ctx)
@@ -151,7 +126,7 @@ class Trainer:
         (nats,) = reduce_sums([nats])
         return nats / total
 
-    def step(self, step: int, num_steps: int, micros: list[tuple[Batch, dict[LayerKind, Built]]]) -> dict[str, float]:
+    def step(self, step: int, num_steps: int, micros: list[tuple[Batch, Prepared | None]]) -> dict[str, float]:
         """One optimiser step. Raises NotFiniteError before the update where loss or gradient is not finite."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.gradients(micros)
@@ -196,8 +171,8 @@ def largest_gradient(model: DecoderLM) -> str:
 def steps_of(loader: Iterator[tuple[Batch, Any]]) -> Iterator[list[tuple[Batch, Any]]]:
     """The loader's micro-batches, gathered by step."""
     micros: list[tuple[Batch, Any]] = []
-    for batch, built in loader:
-        micros.append((batch, built or {}))
+    for batch, prepared in loader:
+        micros.append((batch, prepared))
         if batch.micro == batch.num_micro - 1:
             yield micros
             micros = []

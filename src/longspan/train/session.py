@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 def held_out_score(trainer: Trainer, setting: Setting, context: int) -> tuple[float, float]:
     """(nats per token, bits per byte) of the held-out text at one context. Collective."""
     windows = setting.windows[context]
-    nats, labels = total_nats(trainer.model, windows, setting.plan, trainer.mesh, trainer.device)
+    nats, labels = total_nats(trainer.model, windows, trainer.prepare, trainer.mesh, trainer.device)
     return nats / labels, bits_per_byte(nats, len(scored_bytes(windows, setting.tokenizer)))
 
 
@@ -197,14 +197,19 @@ def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> bool:
             shape = setting.batches.at(done)
             done, position = done + 1, micros[-1][0].position
             rate, memory = meter.read(shape.rows * shape.length)
+            waited_s = loader.waited_s
             micros = draw_ahead() if done < total else []
+            waited_s = loader.waited_s - waited_s
             interrupted, starved, elapsed_s, memory = _agreed(
                 interrupt.requested, bool(lost), time.perf_counter() - began, memory
             )
             warming_up, step_s, before_s = before_s == 0.0, elapsed_s - before_s, elapsed_s
             tokens += shape.rows * shape.length
             shown = {"tokens_per_s": rate, "memory_bytes": memory, "sequence_length": shape.length}
-            records.step(done, **figures, **shown)
+            records.step(done, **figures, **shown, data_wait_s=waited_s)
+            for note in trainer.notes():
+                records.event(done, note)
+                progress.message(note)
             left_s = _time_left(setting, done, tokens, elapsed_s)
             progress.update(done, loss=figures["loss"], **shown, time_left_s=left_s)
             if interrupted:

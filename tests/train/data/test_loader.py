@@ -41,6 +41,10 @@ def break_second_step(batch: Batch) -> float:
     return 1 / (1 - batch.step)
 
 
+def prepare_slowly(batch: Batch) -> None:
+    time.sleep(0.05)
+
+
 def make_function(batch: Batch) -> object:
     return lambda: batch
 
@@ -219,3 +223,16 @@ def test_a_killed_trainer_leaves_no_worker(training: tuple[subprocess.Popen[str]
     process, worker = training
     process.kill()
     assert wait_gone(worker, 5)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_preparing_costs_the_caller_nothing_where_a_worker_does_it(stream: TokenStream, num_workers: int) -> None:
+    plan = BatchPlan(stages=(Stage(steps=8, rows=1, length=5),), packing="documents")
+    with BatchLoader(stream, plan, prepare=prepare_slowly, num_workers=num_workers) as loader:
+        next(loader)  # the worker starts
+        before_s = loader.waited_s
+        for _ in range(7):
+            time.sleep(0.1)  # a step
+            next(loader)
+        waited_s = loader.waited_s - before_s
+    assert waited_s >= 7 * 0.05 if num_workers == 0 else waited_s < 7 * 0.02

@@ -149,6 +149,13 @@ def method(name: str) -> Method:
     return METHODS[base]
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError for what is no method on any number of ranks, as ``builder`` does for one number of them."""
+    for part in name.split("+"):
+        degree = part.partition(":")[2]
+        builder(part, int(degree) if degree.isdecimal() and int(degree) else 1)
+
+
 def layout_name(name: str) -> str:
     """The layout of a method; of two, that of the forward phase's. Raises ValueError for an unknown method."""
     return method(name.partition("+")[0]).layout

@@ -18,6 +18,7 @@ import pickle
 import queue
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -66,6 +67,8 @@ class BatchLoader:
         num_workers: 1 for a worker process, 0 to draw in this one.
         prefetch: batches that the worker has ready.
 
+    Attribute ``waited_s``: seconds that the caller has waited for batches, in all.
+
     Raises ValueError where the plan does not fit the ranks, or `prepare` does not pickle; while iterating, the
     ValueError that `prepare` raises, DataWorkerError where the worker dies, RuntimeError with its traceback for another
     error in the worker. An error closes the loader, and so does Ctrl-C while it waits: a trainer that wants batches
@@ -97,6 +100,7 @@ class BatchLoader:
         job = _Job(stream, plan, step, position, data_rank, data_size, prepare)
         self._items = _in_process(job) if num_workers == 0 else _Worker(job, prefetch)
         self._closed = False
+        self.waited_s = 0.0
 
     def __iter__(self) -> BatchLoader:
         return self
@@ -104,12 +108,15 @@ class BatchLoader:
     def __next__(self) -> tuple[Batch, Any]:
         if self._closed:
             raise StopIteration
+        began_s = time.perf_counter()
         try:
             return next(self._items)
         except BaseException:
             # Also for Ctrl-C: half a message may have been read, and what follows it is no message.
             self.close()
             raise
+        finally:
+            self.waited_s += time.perf_counter() - began_s
 
     def __enter__(self) -> BatchLoader:
         return self
