@@ -21,7 +21,7 @@ from torch import Tensor
 from longspan.context.emulate import Emulation, Played, emulate
 from longspan.context.engine import Record, Settings, Worker
 from longspan.context.geometry import Geometry
-from longspan.context.lower import Program, Receive
+from longspan.context.program import Program, Receive
 from longspan.context.schedule import Schedule
 
 _PROBE_BYTES = 64 << 20
