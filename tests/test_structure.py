@@ -58,6 +58,8 @@ LIGHT = frozenset(
 NEVER = frozenset({"transformers", "accelerate"})
 # But for the way into a library that is a way into it: inside functions, never as the module loads.
 BRIDGES = {"longspan.context.hf_attention": "transformers"}
+# Modules that are a back end, and what they need as they load: they themselves are imported inside functions.
+BACK_ENDS = {"longspan.attention.merge_cuda": "triton"}
 BROAD = frozenset({"Exception", "BaseException"})
 # Spelt in two halves, so that this file does not break its own rule.
 MACHINE_PATH = re.compile("/" + r"(work|root|home|Users)/\w")
@@ -140,6 +142,10 @@ def light_imports(source: Source) -> Iterator[str]:
         root = found.module.split(".")[0]
         if root in NEVER and (found.at_load or BRIDGES.get(source.name) != root):
             yield f"line {found.line}: imports {root}, which only tests may need"
+        elif found.at_load and found.module in BACK_ENDS:
+            yield f"line {found.line}: imports {found.module} as it loads, which needs {BACK_ENDS[found.module]}"
+        elif found.at_load and BACK_ENDS.get(source.name) == root:
+            continue
         elif found.at_load and root not in LIGHT and root not in sys.stdlib_module_names:
             yield f"line {found.line}: imports {root} as it loads: import it inside the function that needs it"
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from longspan.attention import masks
 from longspan.attention.masks import Mask
-from longspan.context import choose
-from longspan.context.choose import CANDIDATES, Where, choose_method, default_layout, layout_of
+from longspan.context.choose import CANDIDATES, Where, _chosen, choose_method, default_layout, layout_of
 from longspan.context.estimate import estimate, tabulate
 from longspan.context.geometry import Geometry
 from longspan.context.methods import builder, reason_against
@@ -87,14 +87,24 @@ def packed(num_tokens: int) -> Mask:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [masks.causal, packed])
-def test_choosing_at_64_ranks_takes_less_than_50_ms(make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choosing_at_64_ranks_takes_a_fifth_of_one_candidate_s_list(make) -> None:
+    """As a ratio within one run, since machines differ: some 45 ms where one ring's list takes half a second."""
     mask = make(64 * 8192)
     layout = default_layout(mask, 64)
     where = Where(topology=make_topology("h200", 64), device=make_profile("h200"), sizes=Sizes(head_dim=128))
-    taken = []
-    for _ in range(8):
-        monkeypatch.setattr(choose, "_chosen", {})
-        start = time.process_time()
+
+    def shortest(run: Callable[[], object], times: int) -> float:
+        taken = []
+        for _ in range(times):
+            start = time.process_time()
+            run()
+            taken.append(time.process_time() - start)
+        return min(taken)
+
+    def choose() -> None:
+        _chosen.clear()
         choose_method(mask, layout, 64, 8, where)
-        taken.append(time.process_time() - start)
-    assert min(taken) < 0.05, taken
+
+    one = shortest(lambda: prune_schedule(builder("ring", 64)(layout, 64, 8), Geometry(mask, layout)), 3)
+    taken = shortest(choose, 20)
+    assert taken < one / 5, (taken, one)

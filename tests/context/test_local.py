@@ -19,9 +19,10 @@ from longspan.context.check import ScheduleError, check_own
 from longspan.context.choose import layout_of
 from longspan.context.geometry import Geometry
 from longspan.context.local import Ring, local_schedule
-from longspan.context.lower import Program, Step, lower
+from longspan.context.lower import lower
 from longspan.context.methods import builder, method
 from longspan.context.passes import prune_schedule
+from longspan.context.program import Program, Step
 from longspan.context.schedule import Phase
 from longspan.layout.tokens import Layout
 from tests.context.cases import MASKS

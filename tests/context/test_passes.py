@@ -18,10 +18,11 @@ from torch import Tensor
 from longspan.attention.kernels import pick
 from longspan.context.engine import Record, Settings, Worker
 from longspan.context.geometry import Geometry
-from longspan.context.lower import Program, lower_all
+from longspan.context.lower import lower_all
 from longspan.context.methods import builder
 from longspan.context.methods.ring import ring
 from longspan.context.passes import mark_complete, prune, prune_schedule, replay
+from longspan.context.program import Program
 from longspan.context.schedule import Move, Phase, Piece, Schedule, Sizes, bytes_sent, ordered
 from longspan.layout.tokens import make_layout
 from tests.context.cases import MASKS, inputs

@@ -107,7 +107,7 @@ def test_sharding_over_ranks_that_share_a_gpu_is_refused(tmp_path: Path) -> None
     assert "cannot shard CUDA tensors" in done.stderr
 
 
-@pytest.mark.parametrize("method", ["ring", "zigzag", "token_ring", "light_seq", "mask_aware", "usp", "burst"])
+@pytest.mark.parametrize("method", ["zigzag", "token_ring", "mask_aware", "usp"])
 def test_errors_do_not_grow_with_the_ranks(method: str) -> None:
     """2 to 64 emulated ranks in bf16 against float64: at most twice the single kernel's error, and flat."""
     s, h, g, d = 4160, 4, 2, 64
@@ -116,7 +116,7 @@ def test_errors_do_not_grow_with_the_ranks(method: str) -> None:
     exact = formula(inputs.to(torch.float64), mask.dense().cuda())
     settings = Settings(pick(inputs.q, softcap=None), d**-0.5, None)
     errors: dict[int, list[float]] = {}
-    for world in (1, 2, 4, 8, 16, 32, 64):
+    for world in (1, 2, 8, 64):
         layout = default_layout(mask, world, method)
         geometry = Geometry(mask, layout)
         schedule = prune_schedule(builder(method, world)(layout, h, g), geometry)

@@ -16,9 +16,10 @@ from longspan.context.check import check, check_own
 from longspan.context.choose import Where, choose_method, default_layout, default_method, layout_of
 from longspan.context.geometry import Geometry
 from longspan.context.local import local_schedule
-from longspan.context.lower import Program, lower
+from longspan.context.lower import lower
 from longspan.context.methods import METHODS, builder, carries, reason_against
 from longspan.context.passes import prune_schedule
+from longspan.context.program import Program
 from longspan.context.schedule import Schedule
 from longspan.layout.tokens import Layout
 

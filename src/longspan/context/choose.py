@@ -261,10 +261,13 @@ def _choose(mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int, where
         able.remove("staged_ulysses")  # no rank has two heads: it is Ulysses
     joint = [name for name in able if name.partition(":")[0] in JOINT]
     search.price(joint)
-    # All others compute shard by shard, so one bound tells whether any of them is worth its tables.
-    least = [search.world.least_s(where.device, where.sizes, search.known, backward=b) for b in (False, True)]
-    if search.hopes(*least):
-        search.price([name for name in able if name not in joint])
+    # The others compute shard by shard, so that a bound tells before any table whether one is worth it.
+    at = where.topology, where.device, where.sizes, search.known
+
+    def hopeful(name: str) -> bool:
+        return search.hopes(*(search.world.least_s(name, *at, backward=backward) for backward in (False, True)))
+
+    search.price([name for name in able if name not in joint and hopeful(name)])
     best, forward, backward = search.best()
     if (forward.forward_s + backward.backward_s) * _MIXING_MARGIN < best.both_s:
         name = forward.method if forward is backward else f"{forward.method}+{backward.method}"

@@ -17,7 +17,8 @@ from longspan.attention.kernels.contract import row_sums
 from longspan.attention.merge import accumulator
 from longspan.context.engine import Record, Settings, Worker
 from longspan.context.geometry import Geometry
-from longspan.context.lower import Program, lower_all
+from longspan.context.lower import lower_all
+from longspan.context.program import Program
 from longspan.context.schedule import Schedule
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from longspan.attention.kernels import Kernel
 from longspan.attention.merge import accumulator, merge_
 from longspan.context.geometry import count
-from longspan.context.lower import Compute, Fill, Part, Program, Receive, Region, Send, Write
+from longspan.context.program import Compute, Fill, Part, Program, Receive, Region, Send, Write
 from longspan.context.schedule import INPUTS, Kind
 
 

@@ -201,6 +201,12 @@ def _check_world(table: Table, topology: Topology) -> None:
         )
 
 
+@lru_cache(maxsize=8)
+def narrowest(topology: Topology) -> np.ndarray:
+    """(world · world,) by src · world + dst: bytes/s of the narrowest wire between two ranks."""
+    return _capacity(topology)[_routes(topology)[0]].min(axis=1)
+
+
 def _capacity(topology: Topology) -> np.ndarray:
     """Bytes/s of every wire, and of one past the last, which stands for none."""
     return np.array([wire.bytes_per_s for wire in topology.resources] + [math.inf])

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from longspan.context.geometry import Geometry, Ranges
+from longspan.context.reads import Reads
 
 Runs = tuple[np.ndarray, np.ndarray]  # (n, 3) row in the block, first position and length; (u + 1,) where sets start
 
@@ -35,6 +36,22 @@ def _runs(unique: list[Ranges], geometry: Geometry) -> Runs:
                 row, following = row + b - a, position + geometry.step * (b - a)
         edges.append(len(rows))
     return np.array(rows, dtype=np.int64).reshape(-1, 3), np.array(edges)
+
+
+def runs_of(reads: Reads, geometry: Geometry, marks: np.ndarray) -> Runs:
+    """The stretches of consecutive positions of sets of atoms, bool (sets, atoms)."""
+    placed, step = geometry.layout.placed, geometry.step
+    slots, starts = np.array([p.slot for p in placed]), np.array([p.segment.start for p in placed])
+    segment = np.searchsorted(slots, reads.cuts[:-1], "right") - 1
+    position = starts[segment] + step * (reads.cuts[:-1] - slots[segment])
+    number, atom = np.nonzero(marks)
+    position, size = position[atom], reads.sizes[atom]
+    follows = (number[1:] == number[:-1]) & (position[1:] == (position + step * size)[:-1])
+    first = np.flatnonzero(np.append(True, ~follows)) if len(number) else np.zeros(0, np.int64)
+    before, edges = np.cumsum(size) - size, np.searchsorted(number[first], np.arange(len(marks) + 1))
+    length = np.add.reduceat(size, first) if len(first) else size
+    row = before[first] - before[np.searchsorted(number, number[first])]
+    return np.stack([row, position[first], length], 1), edges
 
 
 def _expand(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ from longspan.attention.merge import accumulator
 from longspan.context.build import Built
 from longspan.context.engine import Record, Settings, Worker
 from longspan.context.exchange import Exchange
-from longspan.context.lower import Program
+from longspan.context.program import Program
 
 
 @dataclass(frozen=True, slots=True)

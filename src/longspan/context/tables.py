@@ -15,15 +15,16 @@ from functools import cached_property
 
 import numpy as np
 
-from longspan.context.estimate import KINDS, Known, Table, kernel_of
+from longspan.context.estimate import KINDS, Known, Table, kernel_of, narrowest
 from longspan.context.geometry import Geometry
 from longspan.context.local import Direct, Ring
 from longspan.context.methods import carries, number_of
 from longspan.context.methods.ulysses import head_shares
-from longspan.context.pieces import Runs, fragments
+from longspan.context.pieces import fragments, runs_of
 from longspan.context.reads import Side, last_hop, reads_of
 from longspan.context.schedule import Kind, Sizes
 from longspan.hardware.profile import DeviceProfile
+from longspan.hardware.topology import Topology
 
 JOINT = ("all_gather", "mask_aware", "ulysses", "staged_ulysses", "usp")  # compute on several shards in one call
 
@@ -95,7 +96,7 @@ class World:
         pairs = np.stack(np.nonzero(self.keys.tokens), 1)
         if not len(pairs):
             return np.zeros((0, 6), np.int64)
-        shards = self._runs(self.reads.owner == np.arange(self.world)[:, None])
+        shards = runs_of(self.reads, self.geometry, self.reads.owner == np.arange(self.world)[:, None])
         found = fragments(shards, pairs, self.geometry)
         i, j = pairs[found.block].T
         cuts, sizes, first = self.reads.cuts, self.reads.sizes, np.array(self.layout.offsets)
@@ -114,24 +115,11 @@ class World:
         """The pieces of blocks on several shards together, bool (shapes, atoms) each."""
         some = np.flatnonzero(keys.any(1))
         pairs = np.stack([some, some + len(queries)], 1)
-        found = fragments(self._runs(np.concatenate([queries, keys])), pairs, self.geometry).joined()
+        found = fragments(
+            runs_of(self.reads, self.geometry, np.concatenate([queries, keys])), pairs, self.geometry
+        ).joined()
         found[:, 0] = some[found[:, 0]]
         return found
-
-    def _runs(self, marks: np.ndarray) -> Runs:
-        """The stretches of consecutive positions of sets of atoms, bool (sets, atoms)."""
-        reads, placed, step = self.reads, self.layout.placed, self.geometry.step
-        slots, starts = np.array([p.slot for p in placed]), np.array([p.segment.start for p in placed])
-        segment = np.searchsorted(slots, reads.cuts[:-1], "right") - 1
-        position = starts[segment] + step * (reads.cuts[:-1] - slots[segment])
-        number, atom = np.nonzero(marks)
-        position, size = position[atom], reads.sizes[atom]
-        follows = (number[1:] == number[:-1]) & (position[1:] == (position + step * size)[:-1])
-        first = np.flatnonzero(np.append(True, ~follows)) if len(number) else np.zeros(0, np.int64)
-        before, edges = np.cumsum(size) - size, np.searchsorted(number[first], np.arange(len(marks) + 1))
-        length = np.add.reduceat(size, first) if len(first) else size
-        row = before[first] - before[np.searchsorted(number, number[first])]
-        return np.stack([row, position[first], length], 1), edges
 
     @cached_property
     def _pair_tickets(self) -> np.ndarray:
@@ -142,11 +130,27 @@ class World:
         queries, shape = self._pair_tickets, self.i * self.world + self.j
         rows.block(step, rank, self.queries.tokens.T, self.keys.tokens, heads, kv_heads, queries, shape)
 
-    def least_s(self, device: DeviceProfile, sizes: Sizes, known: Known, *, backward: bool) -> float:
-        """A lower bound of any method that computes shard by shard: its ranks' mean time in kernels."""
-        pieces, num = self._pair_pieces, self.num_shapes
-        found = kernel_of(pieces, num, self.heads, device, sizes, known, backward=backward)
-        return float(found.seconds.sum() + device.block_s * np.count_nonzero(found.rows)) / self.world
+    def least_s(
+        self, name: str, topology: Topology, device: DeviceProfile, sizes: Sizes, known: Known, *, backward: bool
+    ) -> float:
+        """A lower bound of a method that computes shard by shard, without its tables.
+
+        The ranks' mean time in kernels, and what hops from rank to rank on the narrowest wire of a hop.
+        """
+        found = kernel_of(self._pair_pieces, self.num_shapes, self.heads, device, sizes, known, backward=backward)
+        kernel_s = float(found.seconds.sum() + device.block_s * np.count_nonzero(found.rows)) / self.world
+        carry, row = next(iter(carries(name)), None), sizes.batch * sizes.head_dim * sizes.inputs
+        if isinstance(carry, Ring):
+            return max(kernel_s, self._hop_s(self.keys, carry.up, 2 * self.kv_heads * row, topology))
+        if name == "token_ring" or (name == "burst" and backward):  # queries hop, in a backward phase with do
+            return max(kernel_s, self._hop_s(self.queries, 1, (1 + backward) * self.heads * row, topology))
+        return kernel_s
+
+    def _hop_s(self, side: Side, up: int, token_bytes: int, topology: Topology) -> float:
+        hop, owner = np.indices((self.world - 1, self.world))
+        tokens = np.bincount(((owner + up * hop) % self.world).ravel(), side.carried(up).ravel(), self.world)
+        rank = np.arange(self.world)
+        return float((tokens * token_bytes / narrowest(topology)[rank * self.world + (rank + up) % self.world]).max())
 
     def _both(self, forward: _Rows, backward: _Rows, pieces: np.ndarray, *, keeps: bool = False) -> tuple[Table, Table]:
         """The two tables. A backward phase without blocks of its own has the forward phase's."""

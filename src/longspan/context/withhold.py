@@ -21,7 +21,7 @@ from torch import Tensor
 from longspan.context.emulate import Emulation, Played, emulate
 from longspan.context.engine import Record, Settings, Worker
 from longspan.context.geometry import Geometry
-from longspan.context.lower import Program, Receive
+from longspan.context.program import Program, Receive
 from longspan.context.schedule import Schedule
 
 _PROBE_BYTES = 64 << 20
@@ -75,7 +75,7 @@ class _Wire:
         self._target[:num_bytes].copy_(self._source[:num_bytes], non_blocking=True)
 
     def _put(self, num_bytes: int) -> None:
-        self._place[:num_bytes].copy_(self._target[:num_bytes])
+        _copy_all([self._place[:num_bytes]], [self._target[:num_bytes]])
 
     def deliver(self, messages: Sequence[Tensor], places: Sequence[Tensor]) -> torch.cuda.Event:
         """Start to deliver messages to their places, after what was posted before; returns when they have come."""
@@ -86,7 +86,7 @@ class _Wire:
                 part = min(_PROBE_BYTES, 1 + int((left_s - self._delay[0]) / self._delay[1]))
                 self._wait(part)
                 left_s -= self._delay[0] + part * self._delay[1]
-            torch._foreach_copy_(list(places), list(messages))  # pyright: ignore[reportPrivateImportUsage]
+            _copy_all(list(places), list(messages))
         ready = torch.cuda.Event()
         ready.record(self.stream)
         return ready
@@ -105,6 +105,10 @@ class _Wire:
         self.stream.synchronize()
         wanted_s = sum(message.numel() for batch in batches for message in batch) / self.bytes_per_s
         return marks[0].elapsed_time(marks[1]) / 1e3, wanted_s
+
+
+def _copy_all(places: list[Tensor], messages: list[Tensor]) -> None:
+    torch._foreach_copy_(places, messages)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _batches(program: Program) -> list[list[int]]:
