@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longspan.attention.patterns import PATTERNS
-from longspan.bench.attention_cell import Cell, Job, Problem, solve
+from longspan.bench.attention_cell import PUBLISHED, Cell, Job, Problem, solve
 from longspan.bench.network import Host, Network, lab
 from longspan.bench.record import append_row, head, key, now, plain, quartiles, read_rows, versions
 from longspan.context.methods import METHODS, builder
@@ -46,7 +46,8 @@ class AttentionBenchConfig:
             iproute2. "none": the loopback of this machine, without limit.
         rate: of each direction of each cable, as 100mbit or 1.5gbit; none for no limit.
         ranks: processes.
-        methods: names that ``longspan methods`` lists, and auto; all methods by default.
+        methods: names that ``longspan methods`` lists, and auto; all methods by default. A name as zigzag.published is
+            the method without leaving out what the mask makes idle, as it was published.
         baseline: the method that ratios are against; always measured.
         masks: names of mask patterns.
         length: tokens of the global sequence, one or several.
@@ -87,7 +88,7 @@ class AttentionBenchConfig:
             raise ValueError(f"a rate needs a network, got --rate {self.rate} without one; add --network port or mesh")
         for name in (*self.methods, self.baseline):
             if name != "auto":
-                builder(name, self.ranks)  # refuses unknown names and degrees
+                builder(name.removesuffix(PUBLISHED), self.ranks)  # refuses unknown names and degrees
         for name in self.masks:
             if name not in PATTERNS:
                 raise ValueError(f"unknown mask {name!r}; known: {', '.join(PATTERNS)}")

@@ -32,9 +32,9 @@ from longspan.bench.exact import excess, formula_by_rows, make_inputs
 from longspan.bench.network import counters, total
 from longspan.bench.timing import release_memory
 from longspan.context.attend import attend, prepare
-from longspan.context.build import checked_schedule
+from longspan.context.build import build, checked_schedule
 from longspan.context.choose import Where, choose_layout
-from longspan.context.run import bound
+from longspan.context.run import Bound, bind, bound
 from longspan.context.schedule import Sizes, bytes_sent
 from longspan.hardware.devices import peak_memory_bytes, reset_peak_memory, resident_bytes
 from longspan.hardware.profile import make_profile
@@ -42,6 +42,7 @@ from longspan.hardware.topology import lab, make_topology
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 _PR_SET_PDEATHSIG = 1
+PUBLISHED = ".published"  # after a method's name: without leaving out what the mask makes idle
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,19 +135,23 @@ def measure(job: Job, meeting: Meeting) -> dict[str, Any]:
     cell, problem = job.cell, job.cell.problem
     rank, world = dist.get_rank(), dist.get_world_size()
     mask, start_s = problem.make_mask(), time.perf_counter()
-    method, layout = cell.method, cell.layout
+    method, layout = cell.method.removesuffix(PUBLISHED), cell.layout
+    heads, kv_heads = problem.heads, problem.kv_heads
+    pruned = method == cell.method
     try:
         if method == "auto" and layout is None and world > 1:
             layout, choice = choose_layout(mask, world, problem.heads, problem.kv_heads, where(cell))
             method = choice.chosen.method
-        handle = prepare(
-            mask,
-            num_heads=problem.heads,
-            num_kv_heads=problem.kv_heads,
-            method=method,
-            layout=layout,
-            where=where(cell),
-        )
+        if pruned:
+            handle = prepare(
+                mask, num_heads=heads, num_kv_heads=kv_heads, method=method, layout=layout, where=where(cell)
+            )
+        else:
+            whole = build(
+                mask, world=world, rank=rank, num_heads=heads, num_kv_heads=kv_heads, method=method, layout=layout,
+                pruned=False,
+            )  # fmt: skip
+            handle = bind(Bound(whole, dist.group.WORLD, None, None, "auto"))
     except ValueError as error:  # a method that does not take these heads, ranks or mask says so on every rank
         return {"status": "refused", "reason": str(error)}
     built = bound(handle).built
@@ -170,7 +175,7 @@ def measure(job: Job, meeting: Meeting) -> dict[str, Any]:
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     if not worst <= 1:  # every rank stops here, or none
         return {"status": "red", "reason": f"{off:.3g} times the error allowed against float64", "excess": off}
-    schedule = checked_schedule(mask, built.layout, built.method, problem.heads, problem.kv_heads)
+    schedule = checked_schedule(mask, built.layout, built.method, problem.heads, problem.kv_heads, pruned=pruned)
     itemsize = q.itemsize
     sizes = Sizes(head_dim=problem.head_dim, inputs=itemsize, sums=max(4, itemsize))
     sent = [bytes_sent(phase, world, sizes)[rank] for phase in (schedule.forward, schedule.backward)]

@@ -97,6 +97,17 @@ def single(inputs: tuple[Tensor, ...], mask: Mask, settings: Settings, repetitio
     }
 
 
+def table(record: dict[str, Any]) -> str:
+    """The record as Markdown: milliseconds of the slowest rank, and the share of the ideal."""
+    lines = ["| KV heads | method | forward | share | backward | share |", "|---:|---|---:|---:|---:|---:|"]
+    for row in record["rows"]:
+        parts = [str(row["kv_heads"]), f"`{row['method']}`"]
+        for name in ("forward", "backward"):
+            parts += [f"{1e3 * max(row[f'{name}_s']):.2f}", f"{row[f'{name}_share']:.1%}"]
+        lines.append("| " + " | ".join(parts) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: list[str] | None = None) -> int:
     """The whole benchmark. Exit code 1 where a gate is red."""
     parser = argparse.ArgumentParser(prog="longspan.bench.attention_withheld", description=__doc__)

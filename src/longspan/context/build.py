@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b
 
-from longspan.attention.masks import Mask
+from longspan.attention.masks import Mask, full
 from longspan.context.balance import areas
 from longspan.context.check import check, check_own
 from longspan.context.choose import Where, choose_method, default_layout, default_method, layout_of
@@ -74,8 +74,14 @@ def _refuse_unfit(mask: Mask, layout: Layout, method: str, num_heads: int, num_k
 
 
 @lru_cache(maxsize=32)
-def checked_schedule(mask: Mask, layout: Layout, method: str, num_heads: int, num_kv_heads: int) -> Schedule:
-    """The method's schedule for all ranks, pruned for the mask and proved right. Raises ValueError as ``build``."""
+def checked_schedule(
+    mask: Mask, layout: Layout, method: str, num_heads: int, num_kv_heads: int, *, pruned: bool = True
+) -> Schedule:
+    """The method's schedule for all ranks, pruned for the mask and proved right for it.
+
+    ``pruned=False`` prunes as for a mask that allows everything: what the method sends as it was published. Raises
+    ValueError as ``build``.
+    """
     _refuse_unfit(mask, layout, method, num_heads, num_kv_heads)
     if layout.world > WHOLE_RANKS:
         able = ", ".join(name for name, found in METHODS.items() if found.carry is not None)
@@ -84,7 +90,8 @@ def checked_schedule(mask: Mask, layout: Layout, method: str, num_heads: int, nu
             f"for more take one of {able}"
         )
     geometry = _geometry(mask, layout)
-    schedule = prune_schedule(builder(method, layout.world)(layout, num_heads, num_kv_heads), geometry)
+    whole = geometry if pruned else _geometry(full(mask.num_tokens), layout)
+    schedule = prune_schedule(builder(method, layout.world)(layout, num_heads, num_kv_heads), whole)
     check(schedule, geometry)
     return schedule
 
@@ -103,13 +110,15 @@ def _own_schedule(mask: Mask, layout: Layout, method: str, num_heads: int, num_k
 
 
 @lru_cache(maxsize=64)
-def _built(mask: Mask, layout: Layout, method: str, num_heads: int, num_kv_heads: int, rank: int) -> Built:
-    if layout.world > _PROVED_RANKS and carries(method):
+def _built(
+    mask: Mask, layout: Layout, method: str, num_heads: int, num_kv_heads: int, rank: int, pruned: bool
+) -> Built:
+    if pruned and layout.world > _PROVED_RANKS and carries(method):
         schedule = _own_schedule(mask, layout, method, num_heads, num_kv_heads, rank)
         text = f"{mask.fingerprint} {layout.fingerprint} {method} {num_heads} {num_kv_heads}"
         lanes = (0,)
     else:
-        schedule = checked_schedule(mask, layout, method, num_heads, num_kv_heads)
+        schedule = checked_schedule(mask, layout, method, num_heads, num_kv_heads, pruned=pruned)
         text = f"{mask.fingerprint} {schedule.fingerprint}"
         lanes = tuple(sorted({move.lane for phase in (schedule.forward, schedule.backward) for move in phase.moves}))
     geometry = _geometry(mask, layout)
@@ -131,14 +140,16 @@ def build(
     method: str = "auto",
     layout: Layout | str | None = None,
     where: Where | None = None,
+    pruned: bool = True,
 ) -> Built:
     """One rank's programs of a mask. Cached; the same on every call with equal arguments, in any process.
 
     With ``where``, "auto" is the method that should be fastest there, on up to 128 ranks; else a default of the layout.
+    Without ``pruned`` nothing is left out that the mask makes idle: a baseline for measurements.
 
     Raises ValueError for an unknown method or layout, or one that does not fit the mask, the ranks or the heads.
     """
     chosen, resolved = resolve(mask, world, method, layout)
     if method == "auto" and where is not None and 1 < world <= WHOLE_RANKS:
         chosen = choose_method(mask, resolved, num_heads, num_kv_heads, where).chosen.method
-    return _built(mask, resolved, chosen, num_heads, num_kv_heads, rank)
+    return _built(mask, resolved, chosen, num_heads, num_kv_heads, rank, pruned)
