@@ -10,12 +10,21 @@ import pytest
 
 from longspan.attention import masks
 from longspan.attention.masks import Mask
-from longspan.context.choose import CANDIDATES, Where, _chosen, choose_method, default_layout, layout_of
+from longspan.context.build import checked_schedule
+from longspan.context.choose import (
+    CANDIDATES,
+    Where,
+    _chosen,
+    choose_layout,
+    choose_method,
+    default_layout,
+    layout_of,
+)
 from longspan.context.estimate import estimate, tabulate
 from longspan.context.geometry import Geometry
 from longspan.context.methods import builder, reason_against
 from longspan.context.passes import prune_schedule
-from longspan.context.schedule import Sizes
+from longspan.context.schedule import Sizes, bytes_sent
 from longspan.hardware.profile import make_profile
 from longspan.hardware.topology import lab, make_topology
 from longspan.layout.tokens import Layout
@@ -108,3 +117,16 @@ def test_choosing_at_64_ranks_takes_a_fifth_of_one_candidate_s_list(make) -> Non
     one = shortest(lambda: prune_schedule(builder("ring", 64)(layout, 64, 8), Geometry(mask, layout)), 3)
     taken = shortest(choose, 20)
     assert taken < one / 5, (taken, one)
+
+
+@pytest.mark.parametrize(("num_kv_heads", "limit"), [(8, 0.26), (1, 0.76)])
+def test_auto_sends_little_where_wires_are_slow(num_kv_heads: int, limit: float) -> None:
+    """Bytes of the forward phase on 8 ranks, causal, against a ring that drops nothing: mean over the ranks."""
+    world, num_heads, mask = 8, 8, masks.causal(8 * 512)
+    sizes = Sizes(head_dim=64, inputs=2, sums=4)
+    where = Where(topology=lab("port", world, 1e8), device=make_profile("cpu"), sizes=sizes)
+    layout, choice = choose_layout(mask, world, num_heads, num_kv_heads, where)
+    schedule = checked_schedule(mask, layout, choice.chosen.method, num_heads, num_kv_heads)
+    ring = (world - 1) * 2 * mask.num_tokens // world * num_kv_heads * 64 * 2
+    sent = bytes_sent(schedule.forward, world, sizes)
+    assert sum(sent) / world <= limit * ring, (choice.chosen.method, layout.name, sum(sent) / world / ring)
