@@ -20,8 +20,8 @@ def _merge(
     out_b, out_l, out_h, lse_b, lse_h, lse_l, new_b, new_l, new_h, new_lse_b, new_lse_h, new_lse_l,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(1) // num_heads
-    head = tl.program_id(1) % num_heads
+    batch = (tl.program_id(1) // num_heads).to(tl.int64)  # times a stride it can pass 2^31
+    head = (tl.program_id(1) % num_heads).to(tl.int64)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, WIDTH)
     live = row < num_tokens
