@@ -21,6 +21,7 @@ from longspan.bench.kernel_plots import plots
 from longspan.bench.kernels import KernelBenchConfig, run_kernel_bench, table
 from longspan.cli import main
 from longspan.hardware import saved
+from tests.data import REPOSITORY
 
 CPU = torch.device("cpu")
 PROBLEM = Problem(mask="causal_document", length=96, heads=4, kv_heads=2, head_dim=8, dtype="fp32")
@@ -246,3 +247,11 @@ def test_on_the_command_line(tmp_path, monkeypatch, capsys) -> None:
     assert main(["bench", "kernels", "--kernel", "flex"]) == 2
     assert "did you mean --kernels?" in capsys.readouterr().err
     assert not saved.profile_path(CPU).exists()
+
+
+@pytest.mark.parametrize("name", ["kernels_h200", "kernels_sparse_h200"])
+def test_the_page_shows_what_was_measured_and_nothing_of_red_rows(name: str) -> None:
+    record = json.loads((REPOSITORY / "benchmarks" / "results" / f"{name}.json").read_text())
+    for row in record["rows"]:
+        assert (row["status"] == "ok") == ("forward_s" in row)
+    assert kernels.summary(record) in (REPOSITORY / "docs" / "benchmarks.md").read_text()

@@ -30,6 +30,8 @@ from longspan.attention.patterns import PATTERNS
 from longspan.bench.attention_cell import PUBLISHED, Cell, Job, Problem, solve
 from longspan.bench.network import Host, Network, lab
 from longspan.bench.record import append_row, head, key, now, plain, quartiles, read_rows, versions
+from longspan.bench.regret import LEAST_CELLS, heat_map, regret_table, regrets
+from longspan.bench.shares import cpu_shares, join
 from longspan.context.methods import METHODS, builder
 from longspan.hardware.rates import parse_rate
 
@@ -57,6 +59,8 @@ class AttentionBenchConfig:
         histogram: JSON of document lengths; by default uniform from 1/32 to 1/4 of the length.
         repetitions: timed passes of each kind.
         threads: of each rank.
+        cpu: cores, for instance 0.4, that each rank may use and no more, as on a host of its own; needs root. 0: ranks
+            share the machine's cores.
         timeout_s: limit of one cell; a cell that takes longer counts as failed.
         fresh: measure also what the results hold already.
         out: where the results go, and where those of an earlier run are looked for.
@@ -78,6 +82,7 @@ class AttentionBenchConfig:
     seed: int = 0
     repetitions: int = 5
     threads: int = 1
+    cpu: float = 0.0
     timeout_s: float = 300.0
     fresh: bool = False
     out: Path = Path("runs/bench")
@@ -97,6 +102,8 @@ class AttentionBenchConfig:
         counts = (self.ranks, *self.length, self.heads, *self.kv_heads, self.head_dim, self.repetitions, self.threads)
         if min(counts) < 1 or not self.timeout_s > 0:
             raise ValueError(f"sizes, repetitions, threads and timeout_s must be positive, got {counts}")
+        if not 0 <= self.cpu <= (os.cpu_count() or 1):
+            raise ValueError(f"cpu is a number of cores of this machine, or 0 for no limit, got {self.cpu}; pass 0.4")
         if self.network != "none" and self.ranks < 2:
             raise ValueError(f"a network needs two ranks, got {self.ranks}; pass --ranks 4 or --network none")
         if min(self.length) < self.ranks:
@@ -129,6 +136,7 @@ class AttentionBenchConfig:
                     network=self.network,
                     rate_bit_per_s=parse_rate(self.rate),
                     threads=self.threads,
+                    cpu=self.cpu,
                 )
                 for method in dict.fromkeys(methods)
             ]
@@ -148,7 +156,9 @@ def _environment(host: Host | None) -> dict[str, str]:
 class _Ranks:
     """One process per rank, each in its host where there is a network, serving cells until one of them fails."""
 
-    def __init__(self, config: AttentionBenchConfig, network: Network | None, folder: Path) -> None:
+    def __init__(
+        self, config: AttentionBenchConfig, network: Network | None, shares: Sequence[Path], folder: Path
+    ) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
         self._logs = [folder / f"rank_{rank}.log" for rank in range(config.ranks)]
@@ -172,6 +182,8 @@ class _Ranks:
                         start_new_session=True,  # Ctrl-C is this process's, which ends the ranks
                     )
                 self._processes.append(process)
+                if shares:
+                    join(shares[rank], process.pid)
                 theirs.close()  # so that a rank's death closes the pipe
             self._collect(_START_LIMIT_S)
         except BaseException:
@@ -228,6 +240,7 @@ class _Ranks:
 def run_attention_bench(config: AttentionBenchConfig) -> int:
     """Measures what is missing; writes ``attention.jsonl``, ``.json`` and ``.md``. Exit code 1 where a cell failed.
 
+    With ``auto`` beside fixed methods in several cells also what it chose and lost: ``attention_choice.md``, ``.svg``.
     Raises ValueError (NetworkError) where the network cannot be made here.
     """
     config.out.mkdir(parents=True, exist_ok=True)
@@ -239,6 +252,7 @@ def run_attention_bench(config: AttentionBenchConfig) -> int:
         network = None
         if missing and config.network != "none":
             network = stack.enter_context(lab(config.ranks, config.network, parse_rate(config.rate)))
+        shares = stack.enter_context(cpu_shares(config.ranks, config.cpu)) if missing and config.cpu else ()
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="longspan-bench-")))
         ranks: _Ranks | None = None
         try:
@@ -251,7 +265,7 @@ def run_attention_bench(config: AttentionBenchConfig) -> int:
                     if cell.method != config.baseline and key(asdict(cell)) in rows:
                         continue
                     try:
-                        ranks = ranks or _Ranks(config, network, folder)
+                        ranks = ranks or _Ranks(config, network, shares, folder)
                         parts = ranks.measure(
                             Job(cell=cell, answer=answer, repetitions=config.repetitions), config.timeout_s
                         )
@@ -272,6 +286,9 @@ def run_attention_bench(config: AttentionBenchConfig) -> int:
     record = {**head("attention", run), "config": plain(config), "rows": found}
     (config.out / "attention.json").write_text(json.dumps(record, indent=2) + "\n")
     (config.out / "attention.md").write_text(table(record))
+    if len(cells := regrets(record["rows"])) >= LEAST_CELLS:
+        (config.out / "attention_choice.md").write_text(regret_table(cells))
+        (config.out / "attention_choice.svg").write_text(heat_map(cells))
     print(f"results {config.out / 'attention.json'} and {config.out / 'attention.md'}")
     return int(any(row["status"] in ("red", "failed") for row in record["rows"]))
 
@@ -336,6 +353,8 @@ def table(record: dict[str, Any]) -> str:
         speed = "no limit" if rate is None else f"{rate / 1e6:g} Mbit/s"
         network = "loopback" if cell["network"] == "none" else f"{cell['network']}, {speed}"
         title = f"{_title(cell['problem'])}; {cell['ranks']} ranks, {network}"
+        if cell.get("cpu"):
+            title += f", {cell['cpu']:g} of a core each"
         if title != heading:
             heading = title
             lines += ["", f"**{title}**", ""] if lines else [f"**{title}**", ""]

@@ -38,6 +38,7 @@ from longspan.context.run import Bound, bind, bound
 from longspan.context.schedule import Sizes, bytes_sent
 from longspan.hardware.devices import peak_memory_bytes, reset_peak_memory, resident_bytes
 from longspan.hardware.profile import make_profile
+from longspan.hardware.saved import saved_profile
 from longspan.hardware.topology import lab, make_topology
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -79,6 +80,7 @@ class Cell:
         network: "port", "mesh" or "none".
         rate_bit_per_s: of each direction of each cable; None for no limit.
         threads: of each rank.
+        cpu: cores that each rank may use at most; 0: what the machine has for it.
     """
 
     problem: Problem
@@ -88,6 +90,7 @@ class Cell:
     network: str
     rate_bit_per_s: float | None
     threads: int
+    cpu: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,13 +124,17 @@ class Meeting:
 
 
 def where(cell: Cell) -> Where:
-    """What a cell runs on, for method "auto" to choose by: the network as it was made, the CPU as the preset has it."""
+    """What a cell runs on, for method "auto" to choose by: the network as it was made, the CPU as it was calibrated.
+
+    Without a saved profile of this CPU, as the preset has it. A rank with a share of a core computes so much slower.
+    """
     topology = make_topology("gloo", cell.ranks)
     if cell.network in ("port", "mesh") and cell.rate_bit_per_s is not None:
         topology = lab(cell.network, cell.ranks, cell.rate_bit_per_s)
     size = DTYPES[cell.problem.dtype].itemsize
     sizes = Sizes(head_dim=cell.problem.head_dim, inputs=size, sums=max(4, size))
-    return Where(topology=topology, device=make_profile("cpu"), sizes=sizes)
+    device = saved_profile(torch.device("cpu")) or make_profile("cpu")
+    return Where(topology=topology, device=device.slowed(cell.cpu or 1.0), sizes=sizes)
 
 
 def measure(job: Job, meeting: Meeting) -> dict[str, Any]:

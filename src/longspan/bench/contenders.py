@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from longspan.attention.bands import Bands, coalesce
+from longspan.attention.bands import Bands
 from longspan.attention.kernels import KERNELS
 from longspan.attention.kernels.calls import plan_calls, plan_windows
 from longspan.attention.kernels.contract import row_sums
 from longspan.attention.kernels.cudnn import MIN_SQUARE
-from longspan.attention.kernels.flex import BLOCK, GROUP, SHAPES, compiled
+from longspan.attention.kernels.flex import SHAPES, compiled
 from longspan.attention.masks import Mask, causal, full
 from longspan.bench.exact import Inputs
 from longspan.hardware.devices import devices
@@ -88,8 +88,7 @@ _PLANS: dict[str, Callable[[Bands], int]] = {
     "cudnn": lambda bands: len(plan_windows(bands, MIN_SQUARE)),
     "cuda_flash": lambda bands: len(plan_windows(bands)),
     "cpu_flash": lambda bands: len(plan_calls(bands)),
-    # Each of its calls passes over all rows.
-    "flex": lambda bands: -(-len(coalesce(bands)) // GROUP) * BLOCK,
+    "flex": lambda bands: 1,
     "reference": lambda bands: 1,
 }
 
@@ -207,6 +206,8 @@ class TorchFlex(Torch):
         device, n = self.inputs.q.device, self.mask.num_tokens
         if device.type != "cuda":
             raise ValueError(f"flex attention has no backward on {device.type}, only on cuda")
+        if n * n > torch.iinfo(torch.int32).max:
+            raise ValueError(f"its kernels index the dense mask in 32 bits, which {n:,} tokens overflow")
         _refuse_size(10 * n * n, "the dense mask and torch's way from it to a block mask", device)
 
     def build(self) -> None:

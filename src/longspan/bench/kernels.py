@@ -236,3 +236,26 @@ def table(record: dict[str, Any]) -> str:
         parts += [f"{1e3 * row['build_s']:.3f}", f"{max(row['excess'], row['sampled_excess'] or 0.0):.2f}"]
         lines.append("| " + " | ".join(parts) + " |")
     return "\n".join(lines) + "\n"
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The record as one Markdown table: TFLOP/s forward / backward, a line per problem, a column per kernel.
+
+    A dash stands for a kernel that refused the problem, "red" and "failed" for what they say; kernels that took nothing
+    have no column.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for row in record["rows"]:
+        task = row["cell"]["task"]
+        mask = task["problem"]["mask"]
+        if task["block"] is not None:
+            mask += f", {task['ratio']:.0%} of blocks of {task['block']}"
+        if row["status"] == "ok":
+            text = " / ".join(f"{tflop_per_s(row, kind):.0f}" for kind in _KINDS)
+        else:
+            text = "–" if row["status"] == "refused" else row["status"]
+        rows.setdefault(f"{mask} | {task['problem']['length']:,}", {})[row["cell"]["kernel"]] = text
+    names = dict.fromkeys(name for cells in rows.values() for name, text in cells.items() if text != "–")
+    lines = [f"| mask | tokens | {' | '.join(f'`{name}`' for name in names)} |", "|---|---:|" + "---:|" * len(names)]
+    lines += [f"| {title} | {' | '.join(cells.get(name, '–') for name in names)} |" for title, cells in rows.items()]
+    return "\n".join(lines) + "\n"

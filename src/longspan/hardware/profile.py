@@ -135,6 +135,24 @@ class DeviceProfile:
         full = utilisation(np.bincount(group, tiles, num), self.num_slots)
         return kernel.call_s + np.bincount(group, work, num) / rate / full
 
+    def slowed(self, share: float) -> DeviceProfile:
+        """This device with a share of its time: everything takes 1 / ``share`` as long."""
+        if share == 1:
+            return self
+
+        def kernel(profile: KernelProfile) -> KernelProfile:
+            return dataclasses.replace(profile, call_s=profile.call_s / share)
+
+        return dataclasses.replace(
+            self,
+            name=f"{share:g} of {self.name}",
+            peak_flop_per_s=tuple((name, rate * share) for name, rate in self.peak_flop_per_s),
+            forward=kernel(self.forward),
+            backward=kernel(self.backward),
+            memory_bytes_per_s=self.memory_bytes_per_s * share,
+            block_s=self.block_s / share,
+        )
+
     def traffic_s(self, num_bytes: float) -> float:
         """Seconds to read and write that many bytes of memory in all."""
         return num_bytes / self.memory_bytes_per_s

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from longspan.attention import masks
-from longspan.attention.bands import Band, dense, tighten
-from longspan.attention.kernels import cudnn, flex
+from longspan.attention.bands import Band, cut, dense, tighten
+from longspan.attention.kernels import cudnn
 from longspan.attention.kernels.calls import plan_windows, window
 from longspan.attention.kernels.cuda_flash import CudaFlash
 from longspan.attention.kernels.cudnn import Cudnn
-from longspan.attention.kernels.flex import BLOCK, GROUP, block_table, element_mask, local_cotangents
+from longspan.attention.kernels.flex import BLOCK, blocks_of, element_mask, local_cotangents
 from longspan.attention.kernels.reference import Reference
 from tests.attention.kernels.blocks import MASKS, RANGES, block, errors, oracle, run, tensors
 
@@ -124,25 +124,24 @@ def test_stand_ins_have_the_parameters_of_this_torch(name: str) -> None:
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_flex_blocks_and_elements(mask: str) -> None:
-    bands = MASKS[mask].bands[:GROUP]
-    table = torch.tensor([*bands, *[flex._NOTHING] * (GROUP - len(bands))], dtype=torch.int32)
-    q, k = torch.arange(37)[:, None], torch.arange(37)[None, :]
-    none = torch.zeros(1)
-    assert torch.equal(element_mask(table)(none, none, q, k), torch.from_numpy(dense(bands, 37, 37)))
-    scaled = tuple(Band._make(12 * x for x in b) for b in bands)
-    partial, filled = block_table(scaled, 444, 440)
-    assert partial.shape == (4, 4)
+    """Filled blocks are wholly allowed, and partial ones are allowed where their bitmaps say."""
+    bands = tuple(Band._make(12 * x for x in band) for band in MASKS[mask].bands)
+    blocks = blocks_of(cut(bands, (0, 444), (0, 440)), 444, 440)
+    assert blocks.filled.shape == (4, 4)
+    assert not (blocks.filled & blocks.partial).any()
     allowed = torch.zeros(512, 512, dtype=torch.bool)
-    allowed[:444, :444] = torch.from_numpy(dense(scaled, 444, 444))
-    allowed[:, 440:] = False
-    cells = allowed.reshape(4, BLOCK, 4, BLOCK).transpose(1, 2).flatten(2)
-    assert ((torch.from_numpy(partial | filled)) == cells.any(-1)).all()
-    assert (cells.all(-1) | ~torch.from_numpy(filled)).all()
+    allowed[:444, :440] = torch.from_numpy(dense(cut(bands, (0, 444), (0, 440)), 444, 440))
+    q, k, none = torch.arange(512)[:, None], torch.arange(512)[None, :], torch.zeros(1)
+    bitmaps = torch.from_numpy(np.concatenate([blocks.bitmaps, np.zeros((1, BLOCK, BLOCK), bool)]))
+    got = element_mask(torch.from_numpy(blocks.index), bitmaps)(none, none, q, k)
+    by_block = [torch.from_numpy(x).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1) for x in blocks[:2]]
+    assert torch.equal((got & by_block[0]) | by_block[1], allowed)
 
 
-def test_flex_fills_whole_blocks() -> None:
-    partial, filled = block_table(masks.causal(512).bands, 512, 512)
-    assert partial.sum() == 4 and filled.sum() == 6
+def test_flex_fills_whole_blocks_and_keeps_each_bitmap_once() -> None:
+    blocks = blocks_of(masks.causal(512).bands, 512, 512)
+    assert blocks.partial.sum() == 4 and blocks.filled.sum() == 6
+    assert len(blocks.bitmaps) == 1  # the diagonal looks alike everywhere
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

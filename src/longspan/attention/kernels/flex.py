@@ -1,69 +1,98 @@
-"""Compiled flex attention on blocks, for CUDA: the kernel for a softcap and for float32 there.
+"""Compiled flex attention on blocks, for CUDA: the kernel for a softcap, for float32, and for masks of many pieces.
 
-Kernel: torch's ``flex_attention`` (Dong et al. 2024, FlexAttention, arXiv:2412.05496). The block mask is built from the
-bands by interval arithmetic and the element-wise view from a small table of bands, so no lq x lk tensor exists. Bands
-come in groups of ``GROUP``, one call each, merged exactly. What differs: the backward of a block from the lse and delta
-of the whole row. With ``w = exp(lse_local - lse)``, sending ``(w * dout, w * (rowsum(dout * out_local) - delta))`` back
-through the local (out, lse) gives ``dS = P * (dout V^T - delta)`` with the P of the whole row.
-Cost: the allowed pairs in blocks of 128; the backward computes the forward again.
+Kernel: torch's ``flex_attention`` (Dong et al. 2024, FlexAttention, arXiv:2412.05496), one call for a mask of any
+number of bands. Which blocks of 128 x 128 are filled, and which only in part, comes from the bands by interval
+arithmetic; blocks in part that look alike share one bitmap, so no lq x lk tensor exists.
+
+What differs: the backward of a block from the lse and delta of the whole row. With ``w = exp(lse_local - lse)``,
+sending ``(w * dout, w * (rowsum(dout * out_local) - delta))`` back through the local (out, lse) gives
+``dS = P * (dout V^T - delta)`` with the P of the whole row.
+
+Cost: the allowed pairs in blocks of 128; the backward computes the forward again; a graph is compiled for each shape.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch._dynamo
 from torch import Tensor
 
-from longspan.attention.bands import Band, Bands, coalesce
+from longspan.attention.bands import Band, Bands, cut, dense, shift
 from longspan.attention.kernels.contract import Backward, Forward, check_block, row_sums
-from longspan.attention.merge import accumulator, merge_
+from longspan.attention.merge import accumulator
 
-GROUP = 8  # bands of one call: the compiled mask has this many terms
 BLOCK = 128  # rows and columns of flex's blocks
 SHAPES = 1024  # graphs kept: blocks of a schedule come in a few shapes, and each is compiled once
-_NOTHING = Band(0, 0, 0, 0, 1, 0)
+_LEAST_BITMAPS = 8  # their number is rounded up to a power of two: it is part of the shape that a graph is compiled for
 
 
-def block_table(bands: Bands, num_q: int, num_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which blocks of ``BLOCK`` x ``BLOCK`` the bands touch in part, and which one band fills: two bool (nq, nk).
+class Blocks(NamedTuple):
+    """A mask in blocks of ``BLOCK`` x ``BLOCK``.
 
-    A block that reaches over the end counts as touched in part.
+    Attributes:
+        partial: (nq, nk) bool, which blocks are allowed in part; one that reaches over an end counts as such.
+        filled: (nq, nk) bool, which blocks one band fills.
+        index: (nq, nk) int32, the bitmap of a partial block; 0 for others.
+        bitmaps: (n, BLOCK, BLOCK) bool, each once.
     """
-    q0 = np.arange(0, num_q, BLOCK)[:, None]
-    k0 = np.arange(0, num_k, BLOCK)[None, :]
-    q1, k1 = np.minimum(q0 + BLOCK, num_q), np.minimum(k0 + BLOCK, num_k)
-    some = np.zeros(np.broadcast_shapes(q0.shape, k0.shape), dtype=bool)
-    filled = some.copy()
-    for b in bands:
-        a0, a1 = np.maximum(q0, b.q0), np.minimum(q1, b.q1)
-        c0, c1 = np.maximum(k0, b.k0), np.minimum(k1, b.k1)
+
+    partial: np.ndarray
+    filled: np.ndarray
+    index: np.ndarray
+    bitmaps: np.ndarray
+
+
+def blocks_of(bands: Bands, num_q: int, num_k: int) -> Blocks:
+    """The bands of a block of ``num_q`` queries and ``num_k`` keys in blocks for flex.
+
+    Cost: O(blocks that bands touch) in numpy, and Python for the partial ones.
+    """
+    filled = np.zeros((-(-num_q // BLOCK), -(-num_k // BLOCK)), dtype=bool)
+    touching: dict[tuple[int, int], list[Band]] = defaultdict(list)
+    for band in bands:
+        rows, columns = (np.arange(x0 // BLOCK, -(-x1 // BLOCK)) for x0, x1 in (band[:2], band[2:4]))
+        q0, k0 = rows[:, None] * BLOCK, columns[None, :] * BLOCK
+        a0, a1 = np.maximum(q0, band.q0), np.minimum(q0 + BLOCK, band.q1)
+        c0, c1 = np.maximum(k0, band.k0), np.minimum(k0 + BLOCK, band.k1)
         low, high = c0 - (a1 - 1), c1 - 1 - a0
-        inside = (a0 < a1) & (c0 < c1)
-        some |= inside & (np.maximum(low, b.lo) <= np.minimum(high, b.hi))
-        whole = inside & (a0 == q0) & (a1 == q0 + BLOCK) & (c0 == k0) & (c1 == k0 + BLOCK)
-        filled |= whole & (low >= b.lo) & (high <= b.hi)
-    return some & ~filled, filled
+        some = np.maximum(low, band.lo) <= np.minimum(high, band.hi)
+        whole = (a1 - a0 == BLOCK) & (c1 - c0 == BLOCK) & (low >= band.lo) & (high <= band.hi)
+        filled[rows[:, None], columns] |= whole
+        for row, column in np.argwhere(some & ~whole).tolist():
+            touching[int(rows[row]), int(columns[column])].append(band)
+    partial, index = np.zeros_like(filled), np.zeros(filled.shape, np.int32)
+    known: dict[Bands, int] = {}
+    for (row, column), some_bands in touching.items():
+        if filled[row, column]:
+            continue
+        start = row * BLOCK, column * BLOCK
+        q, k = ((first, min(first + BLOCK, num)) for first, num in zip(start, (num_q, num_k), strict=True))
+        inside = shift(cut(some_bands, q, k), -start[0], -start[1])
+        partial[row, column] = True
+        index[row, column] = known.setdefault(inside, len(known))
+    bitmaps = np.zeros((len(known), BLOCK, BLOCK), dtype=bool)
+    for inside, number in known.items():
+        bitmaps[number] = dense(inside, BLOCK, BLOCK)
+    return Blocks(partial, filled, index, bitmaps)
 
 
-def element_mask(table: Tensor) -> Callable[..., Tensor]:
-    """Flex's mask function of a table (GROUP, 6) of bands."""
+def element_mask(index: Tensor, bitmaps: Tensor) -> Callable[..., Tensor]:
+    """Flex's mask function of ``Blocks``: asked for elements of partial blocks alone."""
 
     def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        result = q < 0
-        for i in range(GROUP):
-            inside = (q >= table[i, 0]) & (q < table[i, 1]) & (k >= table[i, 2]) & (k < table[i, 3])
-            result = result | (inside & (k - q >= table[i, 4]) & (k - q <= table[i, 5]))
-        return result
+        return bitmaps[index[q // BLOCK, k // BLOCK], q % BLOCK, k % BLOCK]
 
     return allowed
 
 
+@lru_cache(maxsize=32)
 def _block_mask(bands: Bands, num_q: int, num_k: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -72,14 +101,15 @@ def _block_mask(bands: Bands, num_q: int, num_k: int, device: torch.device) -> A
         count, index = blocks.sum(axis=1), order
         return tuple(torch.from_numpy(x.astype(np.int32)).to(device)[None, None] for x in (count, index))  # type: ignore[return-value]
 
-    padded = list(bands) + [_NOTHING] * (GROUP - len(bands))
-    table = torch.tensor(padded, dtype=torch.int32, device=device)
-    partial, filled = block_table(bands, num_q, num_k)
+    blocks = blocks_of(bands, num_q, num_k)
+    padded = 1 << max(len(blocks.bitmaps) - 1, _LEAST_BITMAPS - 1).bit_length()
+    bitmaps = np.zeros((padded, BLOCK, BLOCK), dtype=bool)
+    bitmaps[: len(blocks.bitmaps)] = blocks.bitmaps
     return BlockMask.from_kv_blocks(
-        *listed(partial),
-        *listed(filled),
+        *listed(blocks.partial),
+        *listed(blocks.filled),
         BLOCK_SIZE=BLOCK,
-        mask_mod=element_mask(table),
+        mask_mod=element_mask(torch.from_numpy(blocks.index).to(device), torch.from_numpy(bitmaps).to(device)),
         seq_lengths=(num_q, num_k),
     )
 
@@ -96,7 +126,7 @@ def compiled() -> Callable[..., Any]:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, bands: Bands, scale: float, softcap: float | None, flex: Callable[..., Any]
 ) -> Forward:
-    """One call: (out (b l h d), lse (b h l)) over up to GROUP bands."""
+    """(out (b l h d), lse (b h l)) over the bands."""
     from torch.nn.attention.flex_attention import AuxRequest
 
     def bend(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -117,11 +147,6 @@ def _attend(
     return out.transpose(1, 2), aux.lse
 
 
-def _groups(bands: Bands) -> list[Bands]:
-    fewer = coalesce(bands)
-    return [fewer[i : i + GROUP] for i in range(0, len(fewer), GROUP)]
-
-
 class Flex:
     """Compiled flex attention. Every mask and head grouping, float32 and 16-bit types, softcap; CUDA only."""
 
@@ -138,14 +163,9 @@ class Flex:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bands: Bands, *, scale: float, softcap: float | None) -> Forward:
         check_block(self, q, k, v, softcap)
-        b, length, h, _ = q.shape
-        dtype = accumulator(q.dtype)
-        out = torch.zeros(q.shape, dtype=dtype, device=q.device)
-        lse = torch.full((b, h, length), -torch.inf, dtype=dtype, device=q.device)
         with torch.no_grad():
-            for group in _groups(bands):
-                merge_(out, lse, *_attend(q, k, v, group, scale, softcap, compiled()))
-        return out, lse
+            out, lse = _attend(q, k, v, bands, scale, softcap, compiled())
+        return out.to(accumulator(q.dtype)), lse.to(accumulator(q.dtype))
 
     def backward(
         self,
@@ -161,24 +181,21 @@ class Flex:
         softcap: float | None,
     ) -> Backward:
         check_block(self, q, k, v, softcap)
-        dq, dk, dv = (torch.zeros(x.shape, dtype=accumulator(q.dtype), device=q.device) for x in (q, k, v))
         stream = torch.cuda.current_stream(q.device)
 
-        def differentiate() -> None:
+        def differentiate() -> tuple[Tensor, ...]:
             with torch.cuda.stream(stream):
-                for group in _groups(bands):
-                    q_in, k_in, v_in = (x.detach().requires_grad_() for x in (q, k, v))
-                    out, local_lse = _attend(q_in, k_in, v_in, group, scale, softcap, compiled())
-                    cotangents = local_cotangents(dout, out, local_lse, lse, delta)
-                    grads = torch.autograd.grad((out, local_lse), (q_in, k_in, v_in), cotangents)
-                    for total, new in zip((dq, dk, dv), grads, strict=True):
-                        total += new
+                q_in, k_in, v_in = (x.detach().requires_grad_() for x in (q, k, v))
+                out, local_lse = _attend(q_in, k_in, v_in, bands, scale, softcap, compiled())
+                cotangents = local_cotangents(dout, out, local_lse, lse, delta)
+                return torch.autograd.grad((out, local_lse), (q_in, k_in, v_in), cotangents)
 
         # Inside a custom op (where the project's attention runs) this thread's autograd is switched off, whatever
         # enable_grad says; a new thread starts with it on.
         with ThreadPoolExecutor(1) as thread:
-            thread.submit(differentiate).result()
-        return dq, dk, dv
+            dq, dk, dv = thread.submit(differentiate).result()
+        wide = accumulator(q.dtype)
+        return dq.to(wide), dk.to(wide), dv.to(wide)
 
 
 def local_cotangents(dout: Tensor, out: Tensor, local_lse: Tensor, lse: Tensor, delta: Tensor) -> Forward:
