@@ -48,6 +48,19 @@ def test_float32_sums_take_16_bit_parts_through_views() -> None:
     assert (whole[:, [0, 8]] == 7).all() and (whole_lse[:, :, [0, 8]] == 7).all()
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_small_share_of_large_values_keeps_its_digits(order: tuple[int, int]) -> None:
+    """As a row's own few keys beside thousands of others: 1 - weight instead of the weight was wrong by 1e-6 here."""
+    values = torch.Generator().manual_seed(0)
+    large = (4 * torch.randn(1, 99, 1, 5, generator=values), torch.rand(1, 1, 99, generator=values))
+    small = (0.02 * torch.randn(1, 99, 1, 5, generator=values), 9 + torch.rand(1, 1, 99, generator=values))
+    parts = [(large, small)[i] for i in order]
+    out, lse = merge(parts)
+    exact, exact_lse = merge((out.double(), lse.double()) for out, lse in parts)
+    assert (out - exact).abs().max() < 2e-8
+    assert (lse - exact_lse).abs().max() < 1e-6
+
+
 def test_parts_are_left_alone() -> None:
     _, parts = parts_of(np.ones((3, 4), dtype=bool), [np.arange(1), np.arange(1, 4)])
     before = [(out.clone(), lse.clone()) for out, lse in parts]

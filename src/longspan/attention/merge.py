@@ -49,11 +49,17 @@ def merge_(
 
         merge_rows_(out, lse, new_out, new_lse)
         return
-    total = torch.logaddexp(lse, new_lse.to(lse.dtype))
-    # -inf - (-inf) is NaN: an empty row is measured from 0, where exp(-inf) is 0. A NaN of the input stays visible.
-    weight = torch.exp(new_lse - total.masked_fill(total == -torch.inf, 0))
-    # lerp is exact at weights 0 and 1, that is where one side is empty.
-    out.lerp_(new_out.to(out.dtype), weight.transpose(1, 2).unsqueeze(-1).to(out.dtype))
+    new_lse = new_lse.to(lse.dtype)
+    # A row that is empty on both sides is measured from 0, where exp(-inf) is 0. A NaN of the input stays visible.
+    peak = torch.maximum(lse, new_lse)
+    base = peak.masked_fill(peak == -torch.inf, 0)
+    share, new_share = torch.exp(lse - base), torch.exp(new_lse - base)
+    both = share + new_share
+    total = base + torch.log(both)
+    # Each side has its own weight: 1 - weight would lose a small share of large values in rounding.
+    both.masked_fill_(both == 0, 1)
+    weight, new_weight = ((x / both).transpose(1, 2).unsqueeze(-1).to(out.dtype) for x in (share, new_share))
+    out.mul_(weight).addcmul_(new_out.to(out.dtype), new_weight)
     lse.copy_(total)
 
 

@@ -34,7 +34,9 @@ def _merge(
     mine_share, other_share = tl.exp(old - base), tl.exp(new - base)
     both_shares = mine_share + other_share
     total = tl.log(both_shares) + base
-    weight = other_share / tl.where(empty, 1.0, both_shares)
+    whole = tl.where(empty, 1.0, both_shares)
+    # Each side has its own weight: 1 - weight would lose a small share of large values in rounding.
+    weight, new_weight = mine_share / whole, other_share / whole
     # NaN stays visible: a maximum would drop it.
     unknown = (old != old) | (new != new)
     total, weight = tl.where(unknown, old + new, total), tl.where(unknown, old + new, weight)
@@ -43,9 +45,7 @@ def _merge(
     at_new = new_out + batch * new_b + head * new_h + row[:, None] * new_l + column[None, :]
     mine = tl.load(at_out, mask=both, other=0.0)
     other = tl.load(at_new, mask=both, other=0.0).to(mine.dtype)
-    share = weight[:, None].to(mine.dtype)
-    # Exact at weights 0 and 1, where one side is empty.
-    merged = tl.where(share < 0.5, mine + share * (other - mine), other - (1 - share) * (other - mine))
+    merged = mine * weight[:, None].to(mine.dtype) + other * new_weight[:, None].to(mine.dtype)
     tl.store(at_out, merged, mask=both)
     tl.store(lse + at_lse, total, mask=live)
 
