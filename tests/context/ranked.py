@@ -31,6 +31,8 @@ class Case:
     layout: str
     batch: int = 1
     softcap: float | None = None
+    dtype: torch.dtype = torch.float64
+    kernel: str = "reference"
 
 
 def attend_locally(case: Case, tensors: list[Tensor], group: dist.ProcessGroup) -> Tensor:
@@ -46,14 +48,14 @@ def attend_locally(case: Case, tensors: list[Tensor], group: dist.ProcessGroup) 
         layout=case.layout,
         scale=0.7,
         softcap=case.softcap,
-        kernel="reference",
+        kernel=case.kernel,
     )
 
 
 def split(case: Case, group: dist.ProcessGroup) -> tuple[list[Tensor], Tensor]:
     """Local q, k, v (leaves) and the local gradient of the output."""
     whole = inputs(case.mask.num_tokens, case.num_heads, case.num_kv_heads, b=case.batch)
-    local = [shard(x, case.mask, group, layout=case.layout) for x in whole]
+    local = [shard(x.to(case.dtype), case.mask, group, layout=case.layout) for x in whole]
     return [x.requires_grad_() for x in local[:3]], local[3]
 
 
@@ -74,9 +76,9 @@ def results(rank: int, world: int, cases: list[Case]) -> list[list[np.ndarray]]:
     return found if rank == 0 else []
 
 
-def delayed_results(rank: int, world: int, cases: list[Case]) -> list[list[np.ndarray]]:
+def delayed_results(rank: int, world: int, cases: list[Case], seed: int = 0) -> list[list[np.ndarray]]:
     """The same, with every rank sleeping before blocks and landings as it likes."""
-    pause = random.Random(rank)
+    pause = random.Random(f"{rank} {seed}")
     for name in ("compute", "arrive", "outgoing"):
         _slow_down(name, pause)
     return results(rank, world, cases)

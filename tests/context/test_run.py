@@ -85,6 +85,27 @@ def test_delays_change_nothing(world: int) -> None:
         _assert_exact(case, got)
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_results_are_bit_identical_whatever_comes_first(world: int) -> None:
+    """The order of additions is the schedule's and never that of arrival: ranks late by chance change no bit."""
+    cases = [
+        Case(MASKS[mask](37), 4, 2, method, layout, dtype=torch.float32, kernel="auto")
+        for mask, method, layout in (
+            ("causal", "zigzag", "zigzag"),
+            ("documents", "mask_aware:2", "contiguous"),
+            ("full", "token_ring", "contiguous"),
+            ("causal", "opposing", "zigzag"),
+            ("prefix", "ulysses", "contiguous"),
+            ("causal", "light_seq", "contiguous"),
+            ("window", "burst", "striped"),
+        )
+    ]
+    first, *others = (run_ranks(ranked.delayed_results, world, cases, seed)[0] for seed in range(3))
+    for other in others:
+        for case, before, after in zip(cases, first, other, strict=True):
+            assert all(np.array_equal(x, y) for x, y in zip(before, after, strict=True)), case
+
+
 def test_two_attentions_in_one_backward() -> None:
     first = Case(masks.causal(19), 2, 1, "zigzag", "zigzag")
     second = Case(masks.sliding_window(13, 3, 1), 3, 3, "ring", "contiguous")

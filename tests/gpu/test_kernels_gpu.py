@@ -94,6 +94,26 @@ def test_blocks_of_keys_add_up_to_the_whole(name: str, mask: str) -> None:
         assert found[what] <= limit(allowed[what]), what
 
 
+@pytest.mark.parametrize("name", CUDA)
+@pytest.mark.parametrize("mask", ["causal", "documents"])
+def test_torchs_switch_makes_results_bit_identical(name: str, mask: str) -> None:
+    kernel, bands, num = KERNELS[name](), LARGE[mask].bands, 1031
+    q, k, v, dout = tensors(num, num, 4, 2, d=64, b=1, dtype=torch.bfloat16, device="cuda")
+
+    def once() -> list[torch.Tensor]:
+        out, lse = kernel.forward(q, k, v, bands, scale=0.125, softcap=None)
+        grads = kernel.backward(dout, q, k, v, lse, row_sums(dout, out), bands, scale=0.125, softcap=None)
+        return [out, lse, *grads]
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = once()
+        for _ in range(9):
+            assert all(torch.equal(x, y) for x, y in zip(first, once(), strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("mask", ["causal", "window", "global_window"])
 def test_flex_in_float32_and_inside_a_custom_op(mask: str, softcap: float | None) -> None:
