@@ -130,7 +130,7 @@ def where(cell: Cell) -> Where:
     """
     topology = make_topology("gloo", cell.ranks)
     if cell.network in ("port", "mesh") and cell.rate_bit_per_s is not None:
-        topology = lab(cell.network, cell.ranks, cell.rate_bit_per_s)
+        topology = lab(cell.network, cell.ranks, cell.rate_bit_per_s, cell.cpu or 1.0)
     size = DTYPES[cell.problem.dtype].itemsize
     sizes = Sizes(head_dim=cell.problem.head_dim, inputs=size, sums=max(4, size))
     device = saved_profile(torch.device("cpu")) or make_profile("cpu")

@@ -179,6 +179,12 @@ def _move_bytes(kinds: np.ndarray, rows: np.ndarray, complete: np.ndarray, sizes
     return sizes.batch * rows * per_row
 
 
+def sent_bytes(table: Table, sizes: Sizes) -> np.ndarray:
+    """(world,): payload bytes that each rank sends in the phase."""
+    num_bytes = _move_bytes(table.moves[:, 4], table.rows, table.complete, sizes)
+    return np.bincount(table.moves[:, 1], num_bytes, table.world)
+
+
 def least_s(table: Table, topology: Topology, device: DeviceProfile, sizes: Sizes, known: Known) -> float:
     """A lower bound of ``estimate``: the busiest rank's blocks, and the busiest wire's bytes. Raises as ``estimate``.
 
@@ -252,6 +258,8 @@ def estimate_all(
     busy += by_step(step, src, 2 * num_bytes * memory_s * np.where(sums, 1, step == 0))
     merged = 3 * max(4, sizes.inputs) * sizes.batch * sizes.head_dim * rows * np.where(kind == KINDS.index("dkv"), 2, 1)
     busy += by_step(lands, dst, merged * memory_s * sums)
+    if topology.byte_s:
+        busy += by_step(step, src, num_bytes * topology.byte_s) + by_step(lands, dst, num_bytes * topology.byte_s)
     posted = by_step(step, src, np.full(len(src), topology.message_s))
     if topology.blocking:
         busy += posted

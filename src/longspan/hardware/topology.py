@@ -53,6 +53,7 @@ class Topology:
         flow_bytes_per_s: what one message alone can reach inside a node; 0 for no limit but the wires'.
         latency_s: from the start of a message to its first byte, inside a node.
         message_s: what posting one message costs; messages that a rank posts together start one after another.
+        byte_s: what a byte costs the sender's and the receiver's processor each, where these move it (TCP).
         blocking: whether the posting rank is held up meanwhile (gloo) or not (NCCL on a stream of its own).
         switch_size: ranks below one PCIe switch (``tree`` only).
         uplink_bytes_per_s: of a switch's uplink in each direction (``tree`` only); 0 stands for ``link_bytes_per_s``.
@@ -73,6 +74,7 @@ class Topology:
     flow_bytes_per_s: float = 0.0
     latency_s: float = 0.0
     message_s: float = 0.0
+    byte_s: float = 0.0
     blocking: bool = False
     switch_size: int = 0
     uplink_bytes_per_s: float = 0.0
@@ -214,8 +216,14 @@ def _path(t: Topology, src: int, dst: int) -> Path:
     return Path(tuple(index[name] for name in names), cap or math.inf, t.latency_s if near else t.card_latency_s)
 
 
-def lab(kind: Literal["port", "mesh"], num_ranks: int, rate_bit_per_s: float) -> Topology:
-    """Network namespaces on one machine, each port or pair link with a token bucket (``longspan bench``'s lab)."""
+_TCP_BYTE_S = 1e-9  # of a core, at either end of a virtual cable
+
+
+def lab(kind: Literal["port", "mesh"], num_ranks: int, rate_bit_per_s: float, cores: float = 1.0) -> Topology:
+    """Network namespaces on one machine, each port or pair link with a token bucket (``longspan bench``'s lab).
+
+    ``cores`` is what each rank has for moving its bytes.
+    """
     return Topology(
         name=f"lab {kind} {rate_bit_per_s / 1e6:g} Mbit/s",
         num_ranks=num_ranks,
@@ -223,6 +231,7 @@ def lab(kind: Literal["port", "mesh"], num_ranks: int, rate_bit_per_s: float) ->
         link_bytes_per_s=rate_bit_per_s / 8,
         latency_s=1e-4,
         message_s=1e-4,
+        byte_s=_TCP_BYTE_S / cores,
     )
 
 
