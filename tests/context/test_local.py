@@ -20,14 +20,14 @@ from longspan.context.choose import layout_of
 from longspan.context.geometry import Geometry
 from longspan.context.local import Ring, local_schedule
 from longspan.context.lower import lower
-from longspan.context.methods import builder, method
+from longspan.context.methods import builder, carries, method
 from longspan.context.passes import prune_schedule
 from longspan.context.program import Program, Step
 from longspan.context.schedule import Phase
 from longspan.layout.tokens import Layout
 from tests.context.cases import MASKS
 
-METHODS = ("ring", "descending", "all_gather", "mask_aware")
+METHODS = ("ring", "descending", "all_gather", "mask_aware", "ulysses", "usp")
 LAYOUTS = ("contiguous", "zigzag", "striped", "balanced")
 
 
@@ -40,8 +40,7 @@ def projected(phase: Phase, rank: int) -> Phase:
 def assert_local_is_projection(name: str, mask: Mask, layout: Layout, ranks, h: int = 4, g: int = 2) -> None:
     geometry = Geometry(mask, layout)
     whole = prune_schedule(builder(name, layout.world)(layout, h, g), geometry)
-    carry = method(name).carry
-    assert carry is not None
+    (carry,) = carries(name, layout.world)
     for rank in ranks:
         mine = local_schedule(name, carry, geometry, h, g, rank)
         assert mine.forward == projected(whole.forward, rank)
@@ -75,6 +74,21 @@ def band_masks(draw) -> Mask:
 @given(mask=band_masks(), world=st.integers(1, 16), layout_name=st.sampled_from(LAYOUTS), name=st.sampled_from(METHODS))
 def test_any_mask(mask: Mask, world: int, layout_name: str, name: str) -> None:
     assert_local_is_projection(name, mask, layout_of(layout_name, mask, world), range(world))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    mask=band_masks(),
+    groups=st.integers(1, 6),
+    degree=st.integers(1, 5),
+    layout_name=st.sampled_from(LAYOUTS),
+    heads=st.sampled_from([(1, 1), (3, 1), (4, 4), (6, 3), (5, 5), (8, 2)]),
+)
+def test_any_groups_and_heads(mask: Mask, groups: int, degree: int, layout_name: str, heads: tuple[int, int]) -> None:
+    """Heads that do not divide, KV heads that two ranks share, and ranks without any."""
+    world = groups * degree
+    layout = layout_of(layout_name, mask, world)
+    assert_local_is_projection(f"usp:{degree}", mask, layout, range(world), *heads)
 
 
 @pytest.mark.slow
@@ -126,7 +140,7 @@ def test_a_rank_s_own_check_refuses() -> None:
     mask, layout = masks.causal(90), layout_of("zigzag", masks.causal(90), 9)
     geometry = Geometry(mask, layout)
     good = local_schedule("ring", Ring(1), geometry, 4, 2, 3)
-    area = int(areas(mask, layout)[3])
+    area = 4 * int(areas(mask, layout)[3])
     check_own(good, geometry, 3, area)
     blocks = good.forward.blocks
     fewer = dataclasses.replace(good, forward=Phase(good.forward.moves, blocks[1:]))
@@ -149,5 +163,6 @@ def test_a_rank_of_1024_is_built_in_less_than_two_seconds(name: str) -> None:
 
 
 def test_a_method_made_for_all_ranks_at_once_is_refused_on_many() -> None:
-    with pytest.raises(ValueError, match="at most 128, got 1024 ranks; for more take one of ring, zigzag"):
+    able = "ring, zigzag, .*, ulysses, usp, distributed_mha"
+    with pytest.raises(ValueError, match=f"at most 128, got 1024 ranks; for more take one of {able}"):
         build(masks.causal(4096), world=1024, rank=0, num_heads=4, num_kv_heads=2, method="token_ring")

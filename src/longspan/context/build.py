@@ -15,12 +15,12 @@ from longspan.context.balance import areas
 from longspan.context.check import check, check_own
 from longspan.context.choose import Where, choose_method, default_layout, default_method, layout_of
 from longspan.context.geometry import Geometry
-from longspan.context.local import local_schedule
+from longspan.context.local import Exchange, local_schedule
 from longspan.context.lower import lower
 from longspan.context.methods import METHODS, builder, carries, reason_against
 from longspan.context.passes import prune_schedule
 from longspan.context.program import Program
-from longspan.context.schedule import Schedule
+from longspan.context.schedule import Schedule, head_ranges
 from longspan.layout.tokens import Layout
 
 _PROVED_RANKS = 8  # the whole schedule of so many ranks is made and checked in milliseconds
@@ -99,13 +99,16 @@ def checked_schedule(
 def _own_schedule(mask: Mask, layout: Layout, method: str, num_heads: int, num_kv_heads: int, rank: int) -> Schedule:
     """This rank's part of a method whose keys travel as declared, checked as far as one rank can."""
     _refuse_unfit(mask, layout, method, num_heads, num_kv_heads)
-    geometry = _geometry(mask, layout)
-    parts = [
-        local_schedule(method, carry, geometry, num_heads, num_kv_heads, rank)
-        for carry in dict.fromkeys(carries(method))
-    ]
+    geometry, found = _geometry(mask, layout), carries(method, layout.world)
+    parts = [local_schedule(method, carry, geometry, num_heads, num_kv_heads, rank) for carry in dict.fromkeys(found)]
     schedule = replace(parts[0], backward=parts[-1].backward)
-    check_own(schedule, geometry, rank, int(areas(mask, layout)[rank]))
+    first, last, heads = rank, rank + 1, num_heads
+    if isinstance(found[0], Exchange):  # its share of the heads, of the queries of its group
+        group, place = divmod(rank, degree := found[0].degree)
+        first, last = group * degree, (group + 1) * degree
+        start, stop = head_ranges(num_heads, degree)[place]
+        heads = stop - start
+    check_own(schedule, geometry, rank, int(areas(mask, layout)[first:last].sum()) * heads)
     return schedule
 
 
@@ -113,7 +116,7 @@ def _own_schedule(mask: Mask, layout: Layout, method: str, num_heads: int, num_k
 def _built(
     mask: Mask, layout: Layout, method: str, num_heads: int, num_kv_heads: int, rank: int, pruned: bool
 ) -> Built:
-    if pruned and layout.world > _PROVED_RANKS and carries(method):
+    if pruned and layout.world > _PROVED_RANKS and carries(method, layout.world):
         schedule = _own_schedule(mask, layout, method, num_heads, num_kv_heads, rank)
         text = f"{mask.fingerprint} {layout.fingerprint} {method} {num_heads} {num_kv_heads}"
         lanes = (0,)

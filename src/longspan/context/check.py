@@ -31,13 +31,13 @@ def check(schedule: Schedule, geometry: Geometry) -> None:
     _check_phase(schedule.backward, schedule, geometry, backward=True)
 
 
-def check_own(schedule: Schedule, geometry: Geometry, rank: int, area: int) -> None:
-    """Check one rank's part of a schedule whose queries stay: every allowed pair of its queries is computed once.
+def check_own(schedule: Schedule, geometry: Geometry, rank: int, triples: int) -> None:
+    """Check one rank's part of a schedule: what it has to compute is computed once.
 
-    ``area``: the allowed pairs of the rank's queries. Whether its peers send what it expects only ``check`` can tell;
+    ``triples``: the allowed (head, query, key) that are the rank's. Whether its peers send what it expects only ``check`` can tell;
     that what it computes on has arrived, lowering asserts.
 
-    Raises ScheduleError where blocks read a key twice for one head, or do not cover the area.
+    Raises ScheduleError where blocks read a key twice for one head, or do not cover the triples.
     """
     for name, phase in (("forward", schedule.forward), ("backward", schedule.backward)):
         read = sorted((block.heads, interval) for block in phase.blocks for interval in block.k)
@@ -45,9 +45,9 @@ def check_own(schedule: Schedule, geometry: Geometry, rank: int, area: int) -> N
             if heads == others and start < stop:
                 raise ScheduleError(f"{name}: rank {rank} computes on keys of slots {start}..{stop} more than once")
         found = sum(geometry.area(block.q, block.k) * (block.heads[1] - block.heads[0]) for block in phase.blocks)
-        if found != area * schedule.num_heads:
+        if found != triples:
             raise ScheduleError(
-                f"{name}: rank {rank} computes {found} of {area * schedule.num_heads} allowed (head, query, key) "
+                f"{name}: rank {rank} computes {found} of {triples} allowed (head, query, key) "
                 "triples; every one must be once"
             )
 

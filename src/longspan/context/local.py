@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from longspan.context.geometry import Geometry
+from longspan.context.local_exchange import exchange_schedule
 from longspan.context.reads import Reads, last_hop, reads_of
 from longspan.context.schedule import Block, Kind, Move, Phase, Piece, Schedule, ordered
 
@@ -48,13 +49,21 @@ class Direct(NamedTuple):
         return [after - before for before, after in pairwise(edges)]
 
 
-Carry = Ring | Direct
+class Exchange(NamedTuple):
+    """Tokens are exchanged for heads in groups of ``degree`` ranks, whose keys form a ring (``local_exchange``)."""
+
+    degree: int
+
+
+Carry = Ring | Direct | Exchange
 
 
 def local_schedule(
     name: str, carry: Carry, geometry: Geometry, num_heads: int, num_kv_heads: int, rank: int
 ) -> Schedule:
     """The moves from and to a rank and its blocks, pruned, in the global order."""
+    if isinstance(carry, Exchange):
+        return exchange_schedule(name, carry.degree, geometry, num_heads, num_kv_heads, rank)
     part = _Part(geometry, reads_of(geometry), (0, num_heads), (0, num_kv_heads), rank)
     blocks, keys, gradients = part.ring(carry.up) if isinstance(carry, Ring) else part.direct(carry)
     world = geometry.layout.world

@@ -20,10 +20,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from longspan.context.geometry import Range, Ranges
-from longspan.layout.tokens import Layout
+from longspan.layout.tokens import Layout, even_split
 
 Kind = Literal["q", "kv", "do", "o", "dq", "dkv"]
 INPUTS: tuple[Kind, ...] = ("q", "kv", "do")
@@ -120,6 +121,12 @@ class Schedule:
 def kv_heads_of(heads: Range, group_size: int) -> Range:
     """The KV heads that a range of query heads reads."""
     return heads[0] // group_size, -(-heads[1] // group_size)
+
+
+def head_ranges(num_heads: int, parts: int) -> list[Range]:
+    """Heads split as evenly as can be; parts beyond the heads are empty."""
+    edges = [0, *accumulate(even_split(num_heads, parts))]
+    return list(pairwise(edges))
 
 
 def ordered(moves: Iterable[Move], world: int) -> tuple[Move, ...]:

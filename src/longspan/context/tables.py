@@ -139,7 +139,7 @@ class World:
         """
         found = kernel_of(self._pair_pieces, self.num_shapes, self.heads, device, sizes, known, backward=backward)
         kernel_s = float(found.seconds.sum() + device.block_s * np.count_nonzero(found.rows)) / self.world
-        carry, row = next(iter(carries(name)), None), sizes.batch * sizes.head_dim * sizes.inputs
+        carry, row = next(iter(carries(name, self.world)), None), sizes.batch * sizes.head_dim * sizes.inputs
         if isinstance(carry, Ring):
             return max(kernel_s, self._hop_s(self.keys, carry.up, 2 * self.kv_heads * row, topology))
         if name == "token_ring" or (name == "burst" and backward):  # queries hop, in a backward phase with do
@@ -377,7 +377,7 @@ class World:
 
     def table(self, name: str) -> tuple[Table, Table] | None:
         """Forward and backward tables of a method; None for one that has no closed form."""
-        carry, base, number = next(iter(carries(name)), None), name.partition(":")[0], number_of(name, self.world)
+        carry, base, number = next(iter(carries(name, self.world)), None), name.partition(":")[0], number_of(name, self.world)
         if isinstance(carry, Ring):
             return self.ring(carry.up)
         if isinstance(carry, Direct):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from longspan.attention.masks import Mask
-from longspan.context.local import Carry, Direct, Ring
+from longspan.context.local import Carry, Direct, Exchange, Ring
 from longspan.context.methods.all_gather import all_gather, mask_aware
 from longspan.context.methods.burst import burst
 from longspan.context.methods.double_ring import double_ring
@@ -37,8 +37,8 @@ class Method:
 
     ``build`` takes (layout, query heads, KV heads), and a degree where ``has_degree`` or a number of stages where
     ``stages``, the default, is not 0. ``reason_against`` says why a mask on a layout cannot be computed, or None.
-    ``carry`` says how keys travel where queries stay and all heads go together: one rank's part is then made without
-    the whole (``context.local``).
+    ``carry`` says how keys travel, where that is simple enough that one rank's part is made without the whole
+    (``context.local``); its degree or number of stages is the method's.
     """
 
     title: str
@@ -100,6 +100,7 @@ METHODS: dict[str, Method] = {
         paper="Jacobs et al. 2023, arXiv:2309.14509",
         layout="contiguous",
         build=ulysses,
+        carry=Exchange(0),
     ),
     "staged_ulysses": Method(
         title="Ulysses in stages of heads, each under way during the one before",
@@ -114,10 +115,11 @@ METHODS: dict[str, Method] = {
         layout="zigzag",
         build=usp,
         has_degree=True,
+        carry=Exchange(0),
     ),
     "distributed_mha": Method(
         title="Distributed multi-head attention (heads and sequence split)", paper=_UNIFIED, layout="zigzag",
-        build=usp, has_degree=True,
+        build=usp, has_degree=True, carry=Exchange(0),
     ),
     "token_ring": Method(
         title="TokenRing (queries hop, outputs go home)",
@@ -167,17 +169,24 @@ def reason_against(name: str, mask: Mask, layout: Layout) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def carries(name: str) -> tuple[Carry, ...]:
+def carries(name: str, world: int) -> tuple[Carry, ...]:
     """How the keys of a method travel, or those of both phases of ``forward+backward``; empty where one does not say.
 
-    Raises ValueError for an unknown method, and for a number of stages that cannot be.
+    Empty also for a pair with exchanged heads, of which nothing is kept for the backward phase, unlike alone.
+    Raises ValueError for an unknown method, and for a degree or number of stages that cannot be.
     """
-    found = [method(part).carry for part in name.split("+")]
-    for index, part in enumerate(name.split("+")):
-        if isinstance(found[index], Direct) and method(part).stages:
-            found[index] = Direct(number_of(part, 1))
-    some = tuple(carry for carry in found if carry is not None)
-    return some if len(some) == len(found) else ()
+    parts = name.split("+")
+    found: list[Carry] = []
+    for part in parts:
+        carry = method(part).carry
+        if carry is None or (isinstance(carry, Exchange) and len(parts) > 1):
+            return ()
+        if isinstance(carry, Exchange):
+            carry = Exchange(number_of(part, world) or world)
+        elif isinstance(carry, Direct) and method(part).stages:
+            carry = Direct(number_of(part, world))
+        found.append(carry)
+    return tuple(found)
 
 
 def number_of(name: str, world: int) -> int:

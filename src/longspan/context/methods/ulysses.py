@@ -22,8 +22,8 @@ import numpy as np
 
 from longspan.context.geometry import Range, Ranges, normalise
 from longspan.context.passes import derived
-from longspan.context.schedule import Block, Move, Phase, Piece, Schedule, kv_heads_of, ordered
-from longspan.layout.tokens import Layout, even_split
+from longspan.context.schedule import Block, Move, Phase, Piece, Schedule, head_ranges, kv_heads_of, ordered
+from longspan.layout.tokens import Layout
 
 
 def ulysses(layout: Layout, num_heads: int, num_kv_heads: int) -> Schedule:
@@ -39,7 +39,7 @@ def staged_ulysses(layout: Layout, num_heads: int, num_kv_heads: int, stages: in
     world, group_size = layout.world, num_heads // num_kv_heads
     everything = ((0, layout.num_tokens),)
     moves, blocks = [], []
-    for rank, share in enumerate(_shares(num_heads, world)):
+    for rank, share in enumerate(head_ranges(num_heads, world)):
         last_kv = 0
         for stage, heads in enumerate(_parts(share, stages)):
             kv_heads = kv_heads_of(heads, group_size)
@@ -62,17 +62,9 @@ def usp(layout: Layout, num_heads: int, num_kv_heads: int, degree: int) -> Sched
     return _exchange("usp", layout, num_heads, num_kv_heads, degree)
 
 
-def _shares(num_heads: int, parts: int) -> list[Range]:
-    sizes, shares, first = even_split(num_heads, parts), [], 0
-    for size in sizes:
-        shares.append((first, first + size))
-        first += size
-    return shares
-
-
 def _parts(share: Range, stages: int) -> list[Range]:
     """A share of heads stage by stage; a stage has at least one."""
-    parts = (part for part in _shares(share[1] - share[0], stages) if part[0] < part[1])
+    parts = (part for part in head_ranges(share[1] - share[0], stages) if part[0] < part[1])
     return [(share[0] + first, share[0] + last) for first, last in parts]
 
 
@@ -82,7 +74,7 @@ def head_shares(num_heads: int, degree: int, group_size: int, stages: int) -> np
     """
     parts = [
         (place, stage, heads, kv_heads_of(heads, group_size))
-        for place, share in enumerate(_shares(num_heads, degree))
+        for place, share in enumerate(head_ranges(num_heads, degree))
         for stage, heads in enumerate(_parts(share, stages))
     ]
     uses = np.zeros(num_heads // group_size, np.int64)
@@ -103,7 +95,7 @@ def head_shares(num_heads: int, degree: int, group_size: int, stages: int) -> np
 def _exchange(name: str, layout: Layout, num_heads: int, num_kv_heads: int, degree: int) -> Schedule:
     """Step 0 exchanges tokens for heads, steps 1.. are the ring, the last step sends outputs home."""
     world, group_size, num_groups = layout.world, num_heads // num_kv_heads, layout.world // degree
-    shares = _shares(num_heads, degree)
+    shares = head_ranges(num_heads, degree)
     moves, blocks = [], []
 
     def tokens(group: int) -> Ranges:
