@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -157,32 +156,3 @@ def shard_gradient(rank: int, world: int) -> np.ndarray:
     shard(x, causal(7), dist.group.WORLD, dim=0, layout="zigzag").square().sum().backward()
     assert x.grad is not None
     return x.grad.numpy()
-
-
-def most_messages_alive(rank: int, world: int, num_tokens: int) -> tuple[int, int]:
-    """The largest number of message bytes that were alive at once during a block, and the bytes of all messages."""
-    group = dist.group.WORLD
-    alive: list[weakref.ref] = []
-    total, peak = 0, 0
-    empty, compute = Worker._empty, Worker.compute
-
-    def counted(self, num_bytes):
-        nonlocal total
-        flat = empty(self, num_bytes)
-        total += flat.numel()
-        alive.append(weakref.ref(flat))
-        return flat
-
-    def measured(self, block):
-        nonlocal peak
-        # A record holds views: their base keeps the message.
-        held = {r().data_ptr(): r().numel() for r in alive if r() is not None}  # type: ignore[union-attr]
-        peak = max(peak, sum(held.values()))
-        return compute(self, block)
-
-    Worker._empty, Worker.compute = counted, measured  # type: ignore[method-assign]
-    q, k, v, _ = inputs(num_tokens, 1, 1, b=1, d=16)
-    mask = full(num_tokens)
-    local = [shard(x, mask, group, layout="contiguous") for x in (q, k, v)]
-    attention(*local, mask=mask, group=group, method="ring", layout="contiguous")
-    return peak, total

@@ -148,14 +148,6 @@ def test_the_gradient_of_shard_goes_to_the_rank_own_tokens() -> None:
     np.testing.assert_array_equal(total, 2 * np.arange(7.0))
 
 
-def test_a_ring_lets_go_of_what_it_has_sent() -> None:
-    """Memory falls as ranks are added only if sent keys are let go: one block is in use and going out, one arriving."""
-    for peak, total in run_ranks(ranked.most_messages_alive, 4, 4 * 32):
-        one = 2 * 32 * 16 * 8
-        assert total == 4 * one
-        assert peak == 2 * one
-
-
 # One process: no group.
 
 

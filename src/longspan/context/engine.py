@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longspan.attention.kernels import Kernel
 from longspan.attention.merge import accumulator, merge_
+from longspan.context.arena import Places, Span, place
 from longspan.context.geometry import count
 from longspan.context.program import Compute, Fill, Part, Program, Receive, Region, Send, Write
 from longspan.context.schedule import INPUTS, Kind
@@ -83,6 +84,7 @@ class Worker:
         self.sum_dtype = accumulator(query.dtype)
         self.records: dict[int, Record] = dict(enumerate(inputs))
         self.flats: dict[int, Tensor] = {}
+        self._messages = {r.buffer for step in program.steps for r in step.receives} | {*program.saved, *program.packed}
         self._forms: dict[tuple[Kind, int, int, bool], _Form] = {}
         sizes = [_aligned(self._buffer_form(buffer).num_bytes) for buffer in program.saved]
         self.saved = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device) if saved is None else saved
@@ -97,7 +99,58 @@ class Worker:
                 for view, own in zip(self._views(self.flats[buffer], form), inputs[buffer], strict=True):
                     _copy(view, own)
 
+        self._places = self._find_places()
+        self._arena = self._empty(self._places.num_bytes)
+
     # Messages
+
+    def _find_places(self) -> Places:
+        """Where the phase's messages lie in its arena: found once for a program and sizes."""
+        program, key = self.program, (self.batch, self.head_dim, self.input_dtype)
+        if key in program.places:
+            return program.places[key]
+        landed = {landing.receive: (n, landing) for n, step in enumerate(program.steps) for landing in step.landings}
+        spans: dict[tuple[str, int], Span] = {}
+        for number, step in enumerate(program.steps):
+            for send in step.sends:
+                form = self._region_form(send)
+                if self._in_place(send, form):  # what it lies in is read by the wire for a step more
+                    part = "buffers", send.region.parts[0].buffer
+                    if part in spans:
+                        spans[part] = spans[part]._replace(last=max(spans[part].last, number + 1))
+                else:
+                    spans["sends", send.number] = Span(form.num_bytes, number, number + 1)
+            for receive in step.receives:
+                step_landed, landing = landed[receive.number]
+                if receive.buffer is None:
+                    adopted = landing.write.adopt if landing.write else None
+                    last = step_landed if adopted is None else program.buffers[adopted].dies
+                    spans["receives", receive.number] = Span(self._received_form(receive).num_bytes, number, last)
+                elif receive.buffer not in program.saved and ("buffers", receive.buffer) not in spans:
+                    size = self._buffer_form(receive.buffer).num_bytes
+                    spans["buffers", receive.buffer] = Span(size, number, program.buffers[receive.buffer].dies)
+        total, offsets = place(list(spans.values()))
+        found = Places(total, {}, {}, {})
+        for (kind, index), offset in zip(spans, offsets, strict=True):
+            getattr(found, kind)[index] = offset
+        program.places[key] = found
+        return found
+
+    def _region_form(self, send: Send) -> _Form:
+        return self._form(send.region.kind, send.region.num_tokens, send.region.num_heads, send.complete)
+
+    def _received_form(self, receive: Receive) -> _Form:
+        return self._form(receive.kind, receive.num_tokens, receive.num_heads, receive.complete)
+
+    def _in_place(self, send: Send, form: _Form) -> bool:
+        """Whether what is sent lies as a message already: whole rows of one buffer."""
+        parts = send.region.parts
+        if len(parts) != 1 or form.stats or parts[0].buffer not in self._messages:
+            return False
+        return parts[0].num_heads == self._buffer_form(parts[0].buffer).num_heads
+
+    def _at(self, offset: int, num_bytes: int) -> Tensor:
+        return self._arena[offset : offset + num_bytes]
 
     def _form(self, kind: Kind, num_tokens: int, num_heads: int, complete: bool) -> _Form:
         key = kind, num_tokens, num_heads, complete
@@ -139,28 +192,26 @@ class Worker:
     def _arrivals(self, buffer: int) -> Tensor:
         """The memory of a buffer of arrivals."""
         if buffer not in self.flats:
-            self.hold(buffer, self._empty(self._buffer_form(buffer).num_bytes))
+            self.hold(buffer, self._at(self._places.buffers[buffer], self._buffer_form(buffer).num_bytes))
         return self.flats[buffer]
 
     def outgoing(self, send: Send) -> Tensor:
         """The send's region as one flat uint8 tensor; whole rows of what lies as messages do are not copied."""
-        region = send.region
-        form = self._form(region.kind, region.num_tokens, region.num_heads, send.complete)
-        if len(region.parts) == 1 and not form.stats:
+        region, form = send.region, self._region_form(send)
+        if self._in_place(send, form):
             part = region.parts[0]
-            if part.buffer in self.flats and part.num_heads == self._buffer_form(part.buffer).num_heads:
-                first = part.token * form.row_bytes
-                return self.flats[part.buffer][first : first + part.num_tokens * form.row_bytes]
-        flat = self._empty(form.num_bytes)
+            first = part.token * form.row_bytes
+            return self.flats[part.buffer][first : first + part.num_tokens * form.row_bytes]
+        flat = self._at(self._places.sends[send.number], form.num_bytes)
         for index, view in enumerate(self._views(flat, form)):
             self._assemble(view, region.parts, COMPONENTS[region.kind][index], index)
         return flat
 
     def incoming(self, receive: Receive) -> Tensor:
         """Where the message of a receive goes (flat, uint8): for inputs, where they are read from then on."""
-        form = self._form(receive.kind, receive.num_tokens, receive.num_heads, receive.complete)
+        form = self._received_form(receive)
         if receive.buffer is None:
-            return self._empty(form.num_bytes)
+            return self._at(self._places.receives[receive.number], form.num_bytes)
         flat = self._arrivals(receive.buffer)
         if form.stats:  # such a message has its buffer for itself
             return flat
@@ -275,8 +326,7 @@ class Worker:
     def arrive(self, receive: Receive, flat: Tensor, write: Write | None) -> None:
         """Take in a message whose bytes are complete; those of inputs lie where they are read."""
         if write is not None:
-            form = self._form(receive.kind, receive.num_tokens, receive.num_heads, receive.complete)
-            self.write(write, self._views(flat, form))
+            self.write(write, self._views(flat, self._received_form(receive)))
 
     def free(self, buffers: list[int]) -> None:
         for buffer in buffers:

@@ -303,6 +303,7 @@ def lower(
         if block.rank == rank:
             computed[block.step].append(block)
     receive_of: dict[int, int] = {}
+    num_sends = 0
     arrival_of: dict[int, int] = {}
     joint_of: dict[int, Joint] = {}
     for joint in joints(phase, rank, state.own_tokens, schedule.group_size):
@@ -318,7 +319,8 @@ def lower(
     for number, step in enumerate(state.steps):
         for index, move in posted[number]:
             if move.src == rank:
-                step.sends.append(Send(move.dst, move.lane, state.take(move, number), move.complete))
+                step.sends.append(Send(num_sends, move.dst, move.lane, state.take(move, number), move.complete))
+                num_sends += 1
                 continue
             piece = move.piece
             receive_of[index] = len(receive_of)
@@ -330,7 +332,17 @@ def lower(
                 buffer = arrival_of[index]
                 token = state.place(buffer, piece.tokens[0][0])
             step.receives.append(
-                Receive(move.src, move.lane, piece.kind, count(piece.tokens), num_heads, buffer, token, move.complete)
+                Receive(
+                    receive_of[index],
+                    move.src,
+                    move.lane,
+                    piece.kind,
+                    count(piece.tokens),
+                    num_heads,
+                    buffer,
+                    token,
+                    move.complete,
+                )
             )
         for block in computed[number]:
             kv_heads = kv_heads_of(block.heads, schedule.group_size)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from longspan.attention.bands import Bands, total_area
+from longspan.context.arena import Places
 from longspan.context.geometry import Range
 from longspan.context.schedule import Kind, Piece, Sizes
 
@@ -47,6 +48,9 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Send:
+    """``number`` counts the program's sends in order of posting."""
+
+    number: int
     peer: int
     lane: int
     region: Region
@@ -56,8 +60,9 @@ class Send:
 @dataclass(frozen=True, slots=True)
 class Receive:
     """Posted with the sends of its step. An input goes into ``buffer`` from row ``token`` on; a sum is written when it
-    lands."""
+    lands. ``number`` counts the program's receives in order of posting."""
 
+    number: int
     peer: int
     lane: int
     kind: Kind
@@ -79,7 +84,7 @@ class Fill:
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    receive: int  # index among the program's receives, in order of posting
+    receive: int  # its number
     write: Write | None
 
 
@@ -132,6 +137,7 @@ class Program:
     unwritten: tuple[tuple[Part, ...], ...]  # per own sum: rectangles that nothing ever writes
     saved: tuple[int, ...]
     packed: tuple[int, ...]
+    places: dict[object, Places] = field(default_factory=dict, compare=False, repr=False)  # by sizes, as they are met
 
     @property
     def area(self) -> int:
