@@ -34,8 +34,8 @@ def check(schedule: Schedule, geometry: Geometry) -> None:
 def check_own(schedule: Schedule, geometry: Geometry, rank: int, triples: int) -> None:
     """Check one rank's part of a schedule: what it has to compute is computed once.
 
-    ``triples``: the allowed (head, query, key) that are the rank's. Whether its peers send what it expects only ``check`` can tell;
-    that what it computes on has arrived, lowering asserts.
+    ``triples``: how many allowed (head, query, key) are the rank's. Whether its peers send what it expects only
+    ``check`` can tell; that what it computes on has arrived, lowering asserts.
 
     Raises ScheduleError where blocks read a key twice for one head, or do not cover the triples.
     """

@@ -14,7 +14,18 @@ import numpy as np
 
 from longspan.context.geometry import Geometry
 from longspan.context.reads import Reads, last_hop, reads_of
-from longspan.context.schedule import Block, Kind, Move, Phase, Piece, Range, Schedule, head_ranges, kv_heads_of, ordered
+from longspan.context.schedule import (
+    Block,
+    Kind,
+    Move,
+    Phase,
+    Piece,
+    Range,
+    Schedule,
+    head_ranges,
+    kv_heads_of,
+    ordered,
+)
 
 
 def exchange_schedule(

@@ -377,7 +377,8 @@ class World:
 
     def table(self, name: str) -> tuple[Table, Table] | None:
         """Forward and backward tables of a method; None for one that has no closed form."""
-        carry, base, number = next(iter(carries(name, self.world)), None), name.partition(":")[0], number_of(name, self.world)
+        carry = next(iter(carries(name, self.world)), None)
+        base, number = name.partition(":")[0], number_of(name, self.world)
         if isinstance(carry, Ring):
             return self.ring(carry.up)
         if isinstance(carry, Direct):
