@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ET
 
 from longspan.bench.regret import heat_map, regret_table, regrets
+from tests.data import REPOSITORY
 
 
 def row(name: str, both_s: float, *, kv_heads: int = 8, run: str = "one", status: str = "ok", **changes) -> dict:
@@ -43,3 +45,11 @@ def test_the_map_has_a_box_a_cell_darker_the_more_was_lost() -> None:
     ]
     words = "".join(drawing.itertext())
     assert "causal 8:1" in words and "1.10 × ring" in words
+
+
+def test_the_page_shows_what_the_lab_measured() -> None:
+    record = json.loads((REPOSITORY / "benchmarks" / "results" / "attention_lab_choice.json").read_text())
+    cells = regrets(record["rows"])
+    assert len(cells) == 24
+    assert regret_table(cells) in (REPOSITORY / "docs" / "benchmarks.md").read_text()
+    assert heat_map(cells) == (REPOSITORY / "docs" / "assets" / "choice.svg").read_text()

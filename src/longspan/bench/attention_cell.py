@@ -9,6 +9,7 @@ through a pipe; ranks meet through a file, so that no address need be known.
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import signal
 import sys
@@ -126,15 +127,18 @@ class Meeting:
 def where(cell: Cell) -> Where:
     """What a cell runs on, for method "auto" to choose by: the network as it was made, the CPU as it was calibrated.
 
-    Without a saved profile of this CPU, as the preset has it. A rank with a share of a core computes so much slower.
+    Ranks that have a share of a core, or more of them than cores, compute so much slower than a profile that was
+    measured alone says. Without a saved profile the preset is taken, which is of a core in such company.
     """
+    share = cell.cpu or min(1.0, (os.cpu_count() or 1) / (cell.ranks * cell.threads))
     topology = make_topology("gloo", cell.ranks)
     if cell.network in ("port", "mesh") and cell.rate_bit_per_s is not None:
-        topology = lab(cell.network, cell.ranks, cell.rate_bit_per_s, cell.cpu or 1.0)
+        topology = lab(cell.network, cell.ranks, cell.rate_bit_per_s, share)
     size = DTYPES[cell.problem.dtype].itemsize
     sizes = Sizes(head_dim=cell.problem.head_dim, inputs=size, sums=max(4, size))
-    device = saved_profile(torch.device("cpu")) or make_profile("cpu")
-    return Where(topology=topology, device=device.slowed(cell.cpu or 1.0), sizes=sizes)
+    saved = saved_profile(torch.device("cpu"))
+    device = saved.slowed(share) if saved else make_profile("cpu").slowed(cell.cpu or 1.0)
+    return Where(topology=topology, device=device, sizes=sizes)
 
 
 def measure(job: Job, meeting: Meeting) -> dict[str, Any]:

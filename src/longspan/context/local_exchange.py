@@ -40,6 +40,10 @@ def exchange_schedule(
     return Schedule(name, geometry.layout, num_heads, num_kv_heads, forward, Phase(ordered(again, world), blocks))
 
 
+def _any(marks: np.ndarray, axis: int) -> np.ndarray:
+    return np.logical_or.reduce(marks, axis=axis)
+
+
 class _Exchange:
     """Authors one rank's part."""
 
@@ -51,7 +55,7 @@ class _Exchange:
         self.kv_shares = [kv_heads_of(share, group_size) for share in self.shares]
         # (groups, atoms): whether the group reads some key of the atom; some query of the atom reads the group's keys.
         self.keys, self.queries = (
-            marks.reshape(self.num_groups, degree, -1).any(1) for marks in (reads.keys, reads.queries)
+            _any(marks.reshape(self.num_groups, degree, -1), 1) for marks in (reads.keys, reads.queries)
         )
         self.mates = [mate for mate in range(self.group * degree, (self.group + 1) * degree) if mate != rank]
 
@@ -93,14 +97,14 @@ class _Exchange:
         """Tokens from their owners to those who work on them: q and kv, kept for the backward phase, and do there."""
         read, shares = (self.keys, self.kv_shares) if kind == "kv" else (self.queries, self.shares)
         for owner, worker, place in self._legs():
-            some = self._atoms(owner, owner + 1, read.any(0))
+            some = self._atoms(owner, owner + 1, _any(read, 0))
             if len(some):
                 yield Move(0, owner, worker, self._piece(kind, some, shares[place]), kept=kind != "do")
 
     def results(self, kind: Kind) -> Iterator[Move]:
         """Outputs, or the queries' gradients, home to the owners of the tokens: nobody else adds to them."""
         for owner, worker, place in self._legs():
-            some = self._atoms(owner, owner + 1, self.queries.any(0))
+            some = self._atoms(owner, owner + 1, _any(self.queries, 0))
             if len(some):
                 piece = self._piece(kind, some, self.shares[place])
                 yield Move(self.num_groups + 1, worker, owner, piece, complete=True)

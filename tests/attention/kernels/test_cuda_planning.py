@@ -133,7 +133,7 @@ def test_flex_blocks_and_elements(mask: str) -> None:
     allowed[:444, :440] = torch.from_numpy(dense(cut(bands, (0, 444), (0, 440)), 444, 440))
     q, k, none = torch.arange(512)[:, None], torch.arange(512)[None, :], torch.zeros(1)
     bitmaps = torch.from_numpy(np.concatenate([blocks.bitmaps, np.zeros((1, BLOCK, BLOCK), bool)]))
-    got = element_mask(torch.from_numpy(blocks.index), bitmaps)(none, none, q, k)
+    got = element_mask(torch.from_numpy(blocks.bitmap_of), bitmaps)(none, none, q, k)
     by_block = [torch.from_numpy(x).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1) for x in blocks[:2]]
     assert torch.equal((got & by_block[0]) | by_block[1], allowed)
 

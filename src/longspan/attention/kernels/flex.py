@@ -39,13 +39,13 @@ class Blocks(NamedTuple):
     Attributes:
         partial: (nq, nk) bool, which blocks are allowed in part; one that reaches over an end counts as such.
         filled: (nq, nk) bool, which blocks one band fills.
-        index: (nq, nk) int32, the bitmap of a partial block; 0 for others.
+        bitmap_of: (nq, nk) int32, the bitmap of a partial block; 0 for others.
         bitmaps: (n, BLOCK, BLOCK) bool, each once.
     """
 
     partial: np.ndarray
     filled: np.ndarray
-    index: np.ndarray
+    bitmap_of: np.ndarray
     bitmaps: np.ndarray
 
 
@@ -109,7 +109,7 @@ def _block_mask(bands: Bands, num_q: int, num_k: int, device: torch.device) -> A
         *listed(blocks.partial),
         *listed(blocks.filled),
         BLOCK_SIZE=BLOCK,
-        mask_mod=element_mask(torch.from_numpy(blocks.index).to(device), torch.from_numpy(bitmaps).to(device)),
+        mask_mod=element_mask(torch.from_numpy(blocks.bitmap_of).to(device), torch.from_numpy(bitmaps).to(device)),
         seq_lengths=(num_q, num_k),
     )
 
