@@ -36,14 +36,15 @@ def cpu_shares(num: int, cores: float) -> Iterator[tuple[Path, ...]]:
         raise ValueError(f"a share of the CPU must be positive, got {cores}; pass for instance 0.4")
     made: list[Path] = []
     try:
-        for number in range(num):
-            made.append(_make(f"longspan-{os.getpid()}-{number}", cores))
+        try:
+            for number in range(num):
+                made.append(_make(f"longspan-{os.getpid()}-{number}", cores))
+        except OSError as error:
+            raise ShareError(
+                f"shares of the CPU need root and the cpu controller of control groups below {_ROOT}, got {error}; "
+                "leave --cpu out"
+            ) from None
         yield tuple(made)
-    except OSError as error:
-        raise ShareError(
-            f"shares of the CPU need root and the cpu controller of control groups below {_ROOT}, got {error}; "
-            "leave --cpu out"
-        ) from None
     finally:
         for group in made:
             _remove(group)
