@@ -63,20 +63,25 @@ def results(rank: int, world: int, cases: list[Case]) -> tuple[list[Found], list
 
 
 def _refused_on_ranks(rank: int, world: int) -> list[str]:
-    """What is said of a batch that differs on one rank, of position ids not the shard's, and of a batch not split."""
+    """What is said of a batch that differs on one rank, of calls that fit on some ranks only, and of a short batch.
+
+    A rank that waited for another would time out. Last comes a call that fits on all of them.
+    """
     case = Case("")
     model, batch = case.build(), case.batch()
     split = attach(model, dist.group.WORLD, layout="contiguous", method="ring")
     said = []
     mine = batch | {"input_ids": (batch["input_ids"] + (rank == 1)) % VOCAB}
     local = shard_batch(batch, split)
-    own = torch.arange(local["input_ids"].shape[1])[None]
+    unplaced = {name: x for name, x in local.items() if name != "position_ids"}
     for call in (
         lambda: shard_batch(mine, split),
-        # Rank 0's are right, and it would wait for the others: they are given others.
-        lambda: model(**local | {"position_ids": own + (rank == 0)}),
-        lambda: model(**batch),
+        lambda: model(**(unplaced if rank == 1 else local)),  # left out on one rank
+        lambda: model(**unplaced),  # left out on all: right on rank 0
+        lambda: model(**(batch if rank == 0 else local)),
+        lambda: model(**local | {"output_attentions": rank == 1}),
         lambda: shard_batch({"input_ids": batch["input_ids"][:, : world - 1]}, split),
+        lambda: model(**shard_batch(batch, split)),
     ):
         try:
             call()
@@ -144,10 +149,16 @@ def test_a_difference_is_seen(wrong: str) -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_refused_on_every_rank(world: int) -> None:
-    for said in _on_ranks(world)[1]:
+    others = "all ranks must use one call of the model, with all that shard_batch returned, but ranks"
+    own = "position_ids must be those of this rank's"
+    for rank, said in enumerate(_on_ranks(world)[1]):
         assert "all ranks must use one batch" in said[0]
-        assert all("position_ids must be those of this rank's" in message for message in said[1:3])
-        assert f"each of {world} ranks needs a token, got {world - 1}" in said[3]
+        assert said[1].startswith(own if rank == 1 else others)
+        assert said[2].startswith(others if rank == 0 else own)
+        assert said[3].startswith(own if rank == 0 else others)
+        assert said[4].startswith("output_attentions must not reach" if rank == 1 else others)
+        assert f"each of {world} ranks needs a token, got {world - 1}" in said[5]
+        assert not said[6] and not any("\n" in message for message in said)
 
 
 def test_shares_of_a_batch_join_to_its_shifted_labels() -> None:

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from longspan.attention import masks
-from longspan.context import hf_attention
+from longspan.context import hf_attention, hf_refusals
 from longspan.context.hf_attention import attach, register, shard_batch
 from tests.context.hf_cases import NUM_TOKENS, WINDOW, Case, small_config, small_model
 
@@ -115,11 +115,13 @@ def test_a_window_that_only_the_layer_or_the_mask_knows() -> None:
     q, k = torch.randn(1, 4, 23, 6), torch.randn(1, 2, 23, 6)
     with pytest.raises(ValueError, match="got 5 and no window in MistralAttention"):
         hf_attention.attention_function(layer, q, k, k, None, sliding_window=5)
-    marker = hf_attention.mask_function(1, 23, 23, local_size=5)
-    told = hf_attention.attention_function(layer, q, k, k, marker, sliding_window=5)[0]
-    assert torch.equal(hf_attention.attention_function(layer, q, k, k, marker)[0], told)
-    assert not torch.allclose(hf_attention.attention_function(layer, q, k, k, None)[0], told, atol=1e-3)
-    assert local["position_ids"].shape == (1, 23)
+    marker = hf_refusals.mask_function(1, 23, 23, local_size=5)
+    ids = {"position_ids": local["position_ids"]}
+    told = hf_attention.attention_function(layer, q, k, k, marker, sliding_window=5, **ids)[0]
+    assert torch.equal(hf_attention.attention_function(layer, q, k, k, marker, **ids)[0], told)
+    assert not torch.allclose(hf_attention.attention_function(layer, q, k, k, None, **ids)[0], told, atol=1e-3)
+    with pytest.raises(ValueError, match="MistralAttention is handed none"):
+        hf_attention.attention_function(layer, q, k, k, marker)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_a_window_that_only_the_layer_or_the_mask_knows() -> None:
 )
 def test_masks_refused(function: Any, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be causal"):
-        hf_attention.mask_function(1, 23, 23, mask_function=function, **options)
+        hf_refusals.mask_function(1, 23, 23, mask_function=function, **options)
 
 
 class _Odd(transformers.LlamaForCausalLM):

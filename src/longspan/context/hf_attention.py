@@ -9,6 +9,11 @@ too, and puts the split on the model's own attention layers: that is where the a
 scoped by ``with`` would be gone in the backward pass, in which gradient checkpointing calls the layers again (on CUDA
 in another thread), and a process-wide one would mix up two models.
 
+Transformers makes position ids itself where a call has none, 0, 1, ... on every rank: wrong on all but the first. So
+the layers compare those they are handed with the shard's. At the first layer after ``shard_batch`` the ranks say to
+each other whether their call fits, so that one that does not stops all of them; a later call on the same batch is
+judged by each rank alone, and nothing is compared inside a compiled region: pass on all that ``shard_batch`` returned.
+
 Losses and gradients are sums over the ranks, not means: reduce gradients with SUM (DDP and FSDP2 divide by the world).
 Verified equal to the unsplit model: Llama, Qwen3, Mistral. Other decoders of the interface are taken as well, if
 nothing below refuses them.
@@ -20,7 +25,8 @@ the end of a shard), and auxiliary router losses (their mean over a shard's toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from hashlib import blake2b
 from typing import Any
 
@@ -34,18 +40,18 @@ from torch import Tensor, nn
 from longspan.attention.masks import Mask, documents
 from longspan.context.attend import group_in_force
 from longspan.context.exchange import agree
+from longspan.context.hf_refusals import IGNORED, mask_function, refuse_model
 from longspan.context.sequence import SequenceContext
 from longspan.layout.tokens import Layout
 
 NAME = "longspan"
-IGNORED = -100  # the label that transformers' losses skip
 
-_LAYERS = frozenset({"full_attention", "sliding_attention"})
 _ALONG_TOKENS = ("input_ids", "inputs_embeds", "labels", "shift_labels", "position_ids", "attention_mask")
 # What a model hands down to its attention layers and does not concern them.
 _PASSING = frozenset(
     {
         "cache_position",
+        "is_causal",
         "labels",
         "logits_to_keep",
         "num_items_in_batch",
@@ -81,6 +87,7 @@ class Split:
         self.has_causal_loss = getattr(model, "loss_type", None) == "ForCausalLM"
         self.context: SequenceContext | None = None
         self.position_ids: Tensor | None = None  # int64 (1, l): what the model must have turned its queries by
+        self._has_met = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Split:
         """A copy of the model (an average of weights, say) splits its sequences the same way."""
@@ -101,7 +108,19 @@ class Split:
         else:
             self.context.renew(mask, positions)
         self.position_ids = self.context.positions[None]
+        self._has_met = False
         return self.context
+
+    def meet(self, *, fits: bool) -> None:
+        """Before a batch's first exchange: raises ValueError where the model's call fits on some ranks only.
+
+        Collective once a batch, at its first layer: a rank that is refused there would leave the others waiting.
+        """
+        if self._has_met or self.context is None or self.context.world == 1 or torch.compiler.is_compiling():
+            return
+        assert self.group is not None
+        agree(self.group, f"{fits:x}", "call of the model, with all that shard_batch returned", self.device)
+        self._has_met = fits
 
 
 def register() -> None:
@@ -134,7 +153,7 @@ def attach(
             "longspan.context.attention in its layers"
         )
     layers = [module for module in model.modules() if hasattr(module, "is_causal")]
-    _refuse_model(model, layers)
+    refuse_model(model, layers)
     register()
     model.set_attn_implementation(NAME)  # pyright: ignore[reportCallIssue]
     if model.config._attn_implementation != NAME:  # pyright: ignore[reportAttributeAccessIssue]
@@ -146,84 +165,6 @@ def attach(
     for layer in layers:
         setattr(layer, _ATTRIBUTE, split)
     return split
-
-
-def _refuse_model(model: nn.Module, layers: list[nn.Module]) -> None:
-    name, config = type(model).__name__, model.config
-    configs = [config, *(getattr(layer, "config", config) for layer in layers)]
-    if not layers:
-        raise ValueError(f"{name} must have causal attention layers, and has none; longspan splits attention only")
-    if any(getattr(each, "is_encoder_decoder", False) for each in configs) or not all(m.is_causal for m in layers):
-        raise ValueError(
-            f"every attention layer must be causal self-attention, and {name} has others (an encoder, a vision tower, "
-            "cross-attention); attach to its language model alone"
-        )
-    kinds = {str(kind) for each in configs for kind in getattr(each, "layer_types", None) or ()}
-    if kinds - _LAYERS:
-        raise ValueError(
-            f"layer_types must be of {sorted(_LAYERS)}, got {sorted(kinds - _LAYERS)} in {name}: longspan's schedules "
-            "do not carry such a layer from one rank to the next; use a model without it"
-        )
-    if getattr(model, "_is_stateful", False) or any(isinstance(module, nn.Conv1d) for module in model.modules()):
-        raise ValueError(
-            f"tokens must meet in attention only, and {name} has a state or a convolution along the sequence, which "
-            "would stop at the end of a shard; use a model without it"
-        )
-    if any(getattr(each, "attention_chunk_size", None) for each in configs):
-        raise ValueError(f"attention_chunk_size must be None, got one in {name}; use full attention or sliding windows")
-    if any(getattr(each, "output_router_logits", False) for each in configs):
-        raise ValueError(
-            f"output_router_logits must be False, got True in {name}: the auxiliary loss of a shard's tokens is no "
-            "part of a sum over ranks; set config.output_router_logits = False"
-        )
-
-
-def mask_function(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int | Tensor = 0,
-    mask_function: Callable[..., Tensor] | None = None,
-    attention_mask: Tensor | None = None,
-    *,
-    local_size: int | None = None,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    **options: Any,
-) -> Tensor | None:
-    """Called by transformers once a forward pass for each kind of layer: refuses all that is no causal band.
-
-    Returns what the layers are handed: None for full attention, and for a window an empty tensor of ``window`` rows
-    (some layers do not know their window; the mask of the documents is the split's own, over the whole sequence).
-    """
-    if attention_mask is not None and not bool(attention_mask.all()):
-        raise ValueError(
-            "attention_mask must be all ones on a split sequence, got zeros; pack rows as documents (position_ids that "
-            "restart, as DataCollatorWithFlattening makes them), or, where padding comes last and its labels are "
-            f"{IGNORED}, leave attention_mask out: a causal token never sees what comes after it"
-        )
-    if q_length != kv_length:
-        raise ValueError(
-            f"queries and keys must be the same local tokens, got {q_length} and {kv_length}: a split sequence has no "
-            "key-value cache and no prefix; pass use_cache=False, and generate with an unsplit model"
-        )
-    chunk = getattr(options.get("config"), "attention_chunk_size", None)
-    if use_vmap or (chunk is not None and chunk == local_size) or _sees_ahead(mask_function, q_length, device):
-        raise ValueError(
-            "the model's own mask must be causal, full or with a window, and it has an overlay, chunks or tokens that "
-            "look ahead; pass such a mask to shard_batch as mask=, and use a model class without it"
-        )
-    return None if local_size is None else torch.empty((local_size, 0), dtype=torch.bool, device=device)
-
-
-def _sees_ahead(function: Callable[..., Tensor] | None, length: int, device: torch.device | str) -> bool:
-    """Whether some token may attend to the one after it."""
-    if function is None or length < 2 or torch.compiler.is_compiling():
-        return False
-    zero = torch.zeros((), dtype=torch.int64, device=device)
-    query = torch.arange(length - 1, device=device)
-    return bool(torch.as_tensor(function(zero, zero, query, query + 1)).any())
 
 
 def attention_function(
@@ -245,9 +186,35 @@ def attention_function(
         raise ValueError(
             f"attn_implementation={NAME!r} needs a split sequence, and there is none yet; call {rule} first"
         )
+    try:
+        window = _window(module, split.position_ids, query, key, attention_mask, dropout, sliding_window, options)
+    except ValueError:
+        with suppress(ValueError):  # this rank's own refusal says more than that the others differ
+            split.meet(fits=False)
+        raise
+    split.meet(fits=True)
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # which torch's own attention obeys
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    layer = getattr(module, "layer_idx", None) or 0
+    return split.context.attend(q, k, v, layer=layer, window=window, scale=scaling, softcap=softcap), None
+
+
+def _window(
+    module: nn.Module,
+    position_ids: Tensor,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    sliding_window: int | None,
+    options: Mapping[str, Any],
+) -> int | None:
+    """A layer's window, or None; refuses a call that is not on the tokens, and with the options, of the split."""
     if dropout:
         raise ValueError(f"attention dropout must be 0, got {dropout}; set config.attention_dropout = 0.0")
-    if options.pop("is_causal", True) is False:
+    if options.get("is_causal") is False:
         raise ValueError("is_causal must be True, got False; pass another mask to shard_batch as mask=")
     for name, given in options.items():
         if name not in _PASSING and given is not None and given is not False:
@@ -269,18 +236,18 @@ def attention_function(
             f"{'no window' if window is None else window} in {type(module).__name__}; set layer_types or "
             "sliding_window in the config"
         )
-    _check_positions(options.get("position_ids"), split.position_ids)
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):  # which torch's own attention obeys
-        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    layer = getattr(module, "layer_idx", None) or 0
-    return split.context.attend(q, k, v, layer=layer, window=window, scale=scaling, softcap=softcap), None
+    _check_positions(module, options.get("position_ids"), position_ids)
+    return window
 
 
-def _check_positions(given: Tensor | None, expected: Tensor) -> None:
+def _check_positions(module: nn.Module, given: Tensor | None, expected: Tensor) -> None:
     """Refuses position ids that are not the shard's: left out, a model would count each shard from 0."""
-    if given is None or torch.compiler.is_compiling() or given.data_ptr() == expected.data_ptr():
+    if given is None:
+        raise ValueError(
+            f"position_ids must reach the attention layers, and {type(module).__name__} is handed none: a shard that "
+            "was counted from 0 would go unnoticed; use a class of transformers that hands them down"
+        )
+    if torch.compiler.is_compiling() or given.data_ptr() == expected.data_ptr():
         return
     if given.shape[-1] != expected.shape[-1] or not torch.equal(given.to(expected), expected.expand_as(given)):
         raise ValueError(
