@@ -209,6 +209,22 @@ def test_defaults_of_keys_that_old_configs_lack(tmp_path: Path) -> None:
     assert difference(load_pretrained(tmp_path), reference) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("case", "absent"), [("llama yarn", 32), ("mistral window", 8), ("mistral full", 8), ("qwen3", 32)]
+)
+def test_null_kv_heads_are_one_for_each_query_head(case: str, absent: int, tmp_path: Path) -> None:
+    """As transformers 5 reads Llama and Qwen3, and transformers 4 Mistral (5 refuses it); absent, it is a default."""
+    heads = CASES[case][1]["num_attention_heads"]
+    reference = theirs(case, num_key_value_heads=heads)
+    reference.save_pretrained(tmp_path)
+    edit(tmp_path, num_key_value_heads=None)
+    assert difference(load_pretrained(tmp_path), reference) < 1e-5
+    values = json.loads((tmp_path / "config.json").read_text()) | {"num_attention_heads": 32, "hidden_size": 64}
+    del values["num_key_value_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path).attention.num_kv_heads == absent
+
+
 def test_bare_names_and_buffers_of_old_gpt2_checkpoints(tmp_path: Path) -> None:
     reference = theirs("gpt2")
     reference.save_pretrained(tmp_path)

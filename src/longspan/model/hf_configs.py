@@ -214,9 +214,11 @@ def _read_llama_like(
         raise ValueError(f"'num_attention_heads' must be at least 1, got {heads}: is the config whole?")
     eps = keys.number("rms_norm_eps", 1e-6)
     bias = keys.flag("attention_bias", False) if biases else False
+    if kv_heads is None or keys.has("num_key_value_heads"):
+        kv_heads = heads  # null, unlike an absent key, means one for each query head
     attention = AttentionConfig(
         num_heads=heads,
-        num_kv_heads=keys.whole("num_key_value_heads", kv_heads or heads),
+        num_kv_heads=keys.whole("num_key_value_heads", kv_heads),
         head_dim=keys.whole("head_dim", head_dim or width // heads),
         qkv_bias=bias,
         out_bias=bias,
