@@ -13,21 +13,35 @@ from hypothesis import strategies as st
 
 from longspan.attention import masks
 from longspan.attention.masks import Mask
-from longspan.context.balance import areas
 from longspan.context.build import build, checked_schedule
+from longspan.context.carry import Ring
 from longspan.context.check import ScheduleError, check_own
 from longspan.context.choose import layout_of
 from longspan.context.geometry import Geometry
-from longspan.context.local import Ring, local_schedule
+from longspan.context.local import local_schedule, own_triples
 from longspan.context.lower import lower
-from longspan.context.methods import builder, carries, method
+from longspan.context.methods import builder, carries, method, reason_against
 from longspan.context.passes import prune_schedule
 from longspan.context.program import Program, Step
 from longspan.context.schedule import Phase
 from longspan.layout.tokens import Layout
 from tests.context.cases import MASKS
 
-METHODS = ("ring", "descending", "all_gather", "mask_aware", "ulysses", "usp")
+METHODS = (
+    "ring",
+    "descending",
+    "opposing",
+    "double_ring",
+    "all_gather",
+    "mask_aware",
+    "ulysses",
+    "staged_ulysses",
+    "usp",
+    "token_ring",
+    "light_seq",
+    "burst",
+)
+PAIRS = ("descending+all_gather", "ring+mask_aware:1", "ulysses+burst", "token_ring+usp", "staged_ulysses+opposing")
 LAYOUTS = ("contiguous", "zigzag", "striped", "balanced")
 
 
@@ -38,11 +52,14 @@ def projected(phase: Phase, rank: int) -> Phase:
 
 
 def assert_local_is_projection(name: str, mask: Mask, layout: Layout, ranks, h: int = 4, g: int = 2) -> None:
+    if reason_against(name, mask, layout) is not None:
+        return
     geometry = Geometry(mask, layout)
     whole = prune_schedule(builder(name, layout.world)(layout, h, g), geometry)
-    (carry,) = carries(name, layout.world)
+    found = carries(name, layout.world)
     for rank in ranks:
-        mine = local_schedule(name, carry, geometry, h, g, rank)
+        mine = local_schedule(name, found, geometry, h, g, rank)
+        check_own(mine, geometry, rank, own_triples(found, geometry, h, rank))
         assert mine.forward == projected(whole.forward, rank)
         assert mine.backward == projected(whole.backward, rank)
 
@@ -91,6 +108,30 @@ def test_any_groups_and_heads(mask: Mask, groups: int, degree: int, layout_name:
     assert_local_is_projection(f"usp:{degree}", mask, layout, range(world), *heads)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    mask=band_masks(),
+    world=st.integers(1, 9),
+    name=st.sampled_from(
+        ["staged_ulysses:1", "staged_ulysses:2", "staged_ulysses:3", "staged_ulysses:9", "opposing", *PAIRS]
+    ),
+    layout_name=st.sampled_from(LAYOUTS),
+    heads=st.sampled_from([(1, 1), (3, 1), (4, 4), (6, 3), (5, 5), (8, 2), (12, 4)]),
+)
+def test_any_stages_halves_and_pairs(
+    mask: Mask, world: int, name: str, layout_name: str, heads: tuple[int, int]
+) -> None:
+    """Stages that share a KV head, a single KV head split by tokens, phases of two methods."""
+    assert_local_is_projection(name, mask, layout_of(layout_name, mask, world), range(world), *heads)
+
+
+@settings(max_examples=50, deadline=None)
+@given(mask=band_masks(), windows=st.integers(1, 5), inner=st.integers(1, 5), layout_name=st.sampled_from(LAYOUTS))
+def test_any_windows(mask: Mask, windows: int, inner: int, layout_name: str) -> None:
+    world = windows * inner
+    assert_local_is_projection(f"double_ring:{inner}", mask, layout_of(layout_name, mask, world), range(world))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_64_ranks(name: str) -> None:
@@ -106,9 +147,10 @@ def assert_alike(mine: Program, whole: Program) -> None:
             assert getattr(step, field) == getattr(expected, field)
 
 
-@pytest.mark.parametrize("name", [*METHODS, "descending+all_gather"])
+@pytest.mark.parametrize("name", [*METHODS, *PAIRS])
 def test_build_is_the_same_as_by_the_whole(name: str) -> None:
-    mask, layout = masks.documents([30, 40, 3, 25]), layout_of("balanced", masks.documents([30, 40, 3, 25]), 9)
+    mask = masks.documents([30, 40, 3, 25])
+    layout = layout_of("contiguous" if name == "light_seq" else "balanced", mask, 9)
     geometry = Geometry(mask, layout)
     whole = checked_schedule(mask, layout, name, 4, 2)
     digests = set()
@@ -139,16 +181,16 @@ def test_what_ranks_must_agree_on_is_in_the_digest() -> None:
 def test_a_rank_s_own_check_refuses() -> None:
     mask, layout = masks.causal(90), layout_of("zigzag", masks.causal(90), 9)
     geometry = Geometry(mask, layout)
-    good = local_schedule("ring", Ring(1), geometry, 4, 2, 3)
-    area = 4 * int(areas(mask, layout)[3])
-    check_own(good, geometry, 3, area)
+    good = local_schedule("ring", (Ring(1),), geometry, 4, 2, 3)
+    triples = own_triples((Ring(1),), geometry, 4, 3)
+    check_own(good, geometry, 3, triples)
     blocks = good.forward.blocks
     fewer = dataclasses.replace(good, forward=Phase(good.forward.moves, blocks[1:]))
     with pytest.raises(ScheduleError, match="allowed"):
-        check_own(fewer, geometry, 3, area)
+        check_own(fewer, geometry, 3, triples)
     twice = dataclasses.replace(good, backward=Phase(good.backward.moves, (blocks[0], *blocks)))
     with pytest.raises(ScheduleError, match="more than once"):
-        check_own(twice, geometry, 3, area)
+        check_own(twice, geometry, 3, triples)
 
 
 @pytest.mark.slow
@@ -162,7 +204,6 @@ def test_a_rank_of_1024_is_built_in_less_than_two_seconds(name: str) -> None:
         assert time.process_time() - start < 2
 
 
-def test_a_method_made_for_all_ranks_at_once_is_refused_on_many() -> None:
-    able = "ring, zigzag, .*, ulysses, usp, distributed_mha"
-    with pytest.raises(ValueError, match=f"at most 128, got 1024 ranks; for more take one of {able}"):
-        build(masks.causal(4096), world=1024, rank=0, num_heads=4, num_kv_heads=2, method="token_ring")
+def test_what_is_not_pruned_is_refused_on_many_ranks() -> None:
+    with pytest.raises(ValueError, match="at most 128 ranks, got 1024; for more take one rank's pruned part"):
+        build(masks.causal(4096), world=1024, rank=0, num_heads=4, num_kv_heads=2, method="ring", pruned=False)

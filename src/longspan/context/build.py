@@ -1,26 +1,26 @@
 """From a mask to lowered programs: derive, prune, check, lower. Pure and picklable, so a data worker can do it.
 
-Up to 8 ranks the whole schedule is made and proved. Above, methods that declare how their keys travel are authored for
-this rank alone (``context.local``), with a check of what one rank can know; others are made whole up to 128 ranks.
+Up to 8 ranks the whole schedule is made and proved. Above, this rank's part is authored alone (``context.local``),
+with a check of what one rank can know; what is not pruned is made whole, up to 128 ranks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 
 from longspan.attention.masks import Mask, full
-from longspan.context.balance import areas
+from longspan.context.carry import Windows
 from longspan.context.check import check, check_own
 from longspan.context.choose import Where, choose_method, default_layout, default_method, layout_of
 from longspan.context.geometry import Geometry
-from longspan.context.local import Exchange, local_schedule
+from longspan.context.local import local_schedule, own_triples
 from longspan.context.lower import lower
-from longspan.context.methods import METHODS, builder, carries, reason_against
+from longspan.context.methods import builder, carries, reason_against
 from longspan.context.passes import prune_schedule
 from longspan.context.program import Program
-from longspan.context.schedule import Schedule, head_ranges
+from longspan.context.schedule import Schedule
 from longspan.layout.tokens import Layout
 
 _PROVED_RANKS = 8  # the whole schedule of so many ranks is made and checked in milliseconds
@@ -84,10 +84,9 @@ def checked_schedule(
     """
     _refuse_unfit(mask, layout, method, num_heads, num_kv_heads)
     if layout.world > WHOLE_RANKS:
-        able = ", ".join(name for name, found in METHODS.items() if found.carry is not None)
         raise ValueError(
-            f"method {method!r} is made for all ranks at once, at most {WHOLE_RANKS}, got {layout.world} ranks; "
-            f"for more take one of {able}"
+            f"the schedule of all ranks is made on at most {WHOLE_RANKS} ranks, got {layout.world}; for more take "
+            "one rank's pruned part, which build makes"
         )
     geometry = _geometry(mask, layout)
     whole = geometry if pruned else _geometry(full(mask.num_tokens), layout)
@@ -97,18 +96,11 @@ def checked_schedule(
 
 
 def _own_schedule(mask: Mask, layout: Layout, method: str, num_heads: int, num_kv_heads: int, rank: int) -> Schedule:
-    """This rank's part of a method whose keys travel as declared, checked as far as one rank can."""
+    """This rank's part of the pruned schedule, checked as far as one rank can."""
     _refuse_unfit(mask, layout, method, num_heads, num_kv_heads)
     geometry, found = _geometry(mask, layout), carries(method, layout.world)
-    parts = [local_schedule(method, carry, geometry, num_heads, num_kv_heads, rank) for carry in dict.fromkeys(found)]
-    schedule = replace(parts[0], backward=parts[-1].backward)
-    first, last, heads = rank, rank + 1, num_heads
-    if isinstance(found[0], Exchange):  # its share of the heads, of the queries of its group
-        group, place = divmod(rank, degree := found[0].degree)
-        first, last = group * degree, (group + 1) * degree
-        start, stop = head_ranges(num_heads, degree)[place]
-        heads = stop - start
-    check_own(schedule, geometry, rank, int(areas(mask, layout)[first:last].sum()) * heads)
+    schedule = local_schedule(method, found, geometry, num_heads, num_kv_heads, rank)
+    check_own(schedule, geometry, rank, own_triples(found, geometry, num_heads, rank))
     return schedule
 
 
@@ -116,10 +108,11 @@ def _own_schedule(mask: Mask, layout: Layout, method: str, num_heads: int, num_k
 def _built(
     mask: Mask, layout: Layout, method: str, num_heads: int, num_kv_heads: int, rank: int, pruned: bool
 ) -> Built:
-    if pruned and layout.world > _PROVED_RANKS and carries(method, layout.world):
+    if pruned and layout.world > _PROVED_RANKS:
         schedule = _own_schedule(mask, layout, method, num_heads, num_kv_heads, rank)
         text = f"{mask.fingerprint} {layout.fingerprint} {method} {num_heads} {num_kv_heads}"
-        lanes = (0,)
+        windows = any(isinstance(carry, Windows) for carry in carries(method, layout.world))
+        lanes = (0, 1) if windows else (0,)
     else:
         schedule = checked_schedule(mask, layout, method, num_heads, num_kv_heads, pruned=pruned)
         text = f"{mask.fingerprint} {schedule.fingerprint}"

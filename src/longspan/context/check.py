@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from itertools import pairwise
+
+import numpy as np
 
 from longspan.context.geometry import Geometry, Range
 from longspan.context.passes import Liveness, atoms_of
-from longspan.context.schedule import KV_KINDS, Kind, Phase, Schedule, kv_heads_of
+from longspan.context.schedule import KV_KINDS, Block, Kind, Phase, Schedule, kv_heads_of
 
 
 class ScheduleError(ValueError):
@@ -31,25 +32,44 @@ def check(schedule: Schedule, geometry: Geometry) -> None:
     _check_phase(schedule.backward, schedule, geometry, backward=True)
 
 
-def check_own(schedule: Schedule, geometry: Geometry, rank: int, triples: int) -> None:
+def check_own(schedule: Schedule, geometry: Geometry, rank: int, triples: tuple[int, int]) -> None:
     """Check one rank's part of a schedule: what it has to compute is computed once.
 
-    ``triples``: how many allowed (head, query, key) are the rank's. Whether its peers send what it expects only
-    ``check`` can tell; that what it computes on has arrived, lowering asserts.
+    ``triples``: how many allowed (head, query, key) are the rank's in each phase. Whether its peers send what it
+    expects only ``check`` can tell; that what it computes on has arrived, lowering asserts.
 
-    Raises ScheduleError where blocks read a key twice for one head, or do not cover the triples.
+    Raises ScheduleError where blocks overlap, or do not cover the triples.
     """
-    for name, phase in (("forward", schedule.forward), ("backward", schedule.backward)):
-        read = sorted((block.heads, interval) for block in phase.blocks for interval in block.k)
-        for (heads, (_, stop)), (others, (start, _)) in pairwise(read):
-            if heads == others and start < stop:
-                raise ScheduleError(f"{name}: rank {rank} computes on keys of slots {start}..{stop} more than once")
+    phases = ("forward", schedule.forward, triples[0]), ("backward", schedule.backward, triples[1])
+    for name, phase, expected in phases:
+        twice = _computed_twice(phase.blocks)
+        if twice is not None:
+            raise ScheduleError(f"{name}: rank {rank} computes on keys of slots {twice[0]}..{twice[1]} more than once")
         found = sum(geometry.area(block.q, block.k) * (block.heads[1] - block.heads[0]) for block in phase.blocks)
-        if found != triples:
+        if found != expected:
             raise ScheduleError(
-                f"{name}: rank {rank} computes {found} of {triples} allowed (head, query, key) "
+                f"{name}: rank {rank} computes {found} of {expected} allowed (head, query, key) "
                 "triples; every one must be once"
             )
+
+
+def _computed_twice(blocks: Iterable[Block]) -> Range | None:
+    """Slots of keys that two blocks take with a common query and head, or None."""
+    found = [(*q, *k, *block.heads) for block in blocks for q in block.q for k in block.k]
+    boxes = np.array(found, np.int64).reshape(-1, 6)
+    # Of two boxes that overlap, the later begins before the earlier ends; seek along the axis with fewer such pairs.
+    sorts = []
+    for axis in (0, 2):
+        sorted_boxes = boxes[np.argsort(boxes[:, axis], kind="stable")]
+        after = np.searchsorted(sorted_boxes[:, axis], sorted_boxes[:, axis + 1]) - np.arange(len(boxes)) - 1
+        sorts.append((int(after.sum()), sorted_boxes, after))
+    _, boxes, after = min(sorts, key=lambda sort: sort[0])
+    first = np.repeat(np.arange(len(boxes)), after)
+    second = first + 1 + np.arange(len(first)) - np.repeat(np.cumsum(after) - after, after)
+    a, b = boxes[first], boxes[second]
+    low, high = np.maximum(a[:, ::2], b[:, ::2]), np.minimum(a[:, 1::2], b[:, 1::2])
+    twice = np.flatnonzero((low < high).all(1))
+    return (int(low[twice[0], 1]), int(high[twice[0], 1])) if len(twice) else None
 
 
 def areas(schedule: Schedule, geometry: Geometry) -> tuple[int, ...]:

@@ -67,18 +67,20 @@ def replay(forward: Phase, layout: Layout, group_size: int, *, dkv: Literal["hom
     gradient of foreign keys straight to their owner in the step after it last computed on them. Inputs that the
     forward phase keeps are not sent again.
     """
-    moves: list[Move] = []
-    for move in forward.moves:
+    carried = (_follow if dkv == "follow" else _home)(forward, layout, group_size)
+    return Phase(ordered([*again(forward.moves), *carried], layout.world), forward.blocks)
+
+
+def again(moves: Iterable[Move]) -> Iterator[Move]:
+    """What a backward phase repeats of a forward phase's moves: all but kept inputs, with do beside q and dq for o."""
+    for move in moves:
         kind = move.piece.kind
         if kind == "o":
-            moves.append(replace(move, piece=replace(move.piece, kind="dq")))
-            continue
-        if not move.kept:
-            moves.append(move)
+            yield replace(move, piece=replace(move.piece, kind="dq"))
+        elif not move.kept:
+            yield move
         if kind == "q":
-            moves.append(replace(move, piece=replace(move.piece, kind="do"), kept=False))
-    carried = (_follow if dkv == "follow" else _home)(forward, layout, group_size)
-    return Phase(ordered([*moves, *carried], layout.world), forward.blocks)
+            yield replace(move, piece=replace(move.piece, kind="do"), kept=False)
 
 
 def _owners(layout: Layout, tokens: Ranges) -> Iterator[tuple[int, Range]]:

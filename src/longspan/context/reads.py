@@ -5,15 +5,16 @@ Where methods move whole shards over known paths, all that pruning would find fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 
+from longspan.attention.masks import Mask
 from longspan.context.balance import read_positions
-from longspan.context.geometry import Atoms, Geometry, Ranges
+from longspan.context.geometry import Atoms, Geometry, Ranges, split_in_two
+from longspan.layout.tokens import Layout, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +49,14 @@ class Reads:
         return tuple(zip(self.cuts[first].tolist(), self.cuts[last + 1].tolist(), strict=True))
 
 
-def reads_of(geometry: Geometry, slots: Iterable[int] = ()) -> Reads:
-    """The reads of a mask on a layout; ``slots`` are further cuts of atoms."""
-    layout = geometry.layout
-    cuts = np.array(sorted({*geometry.cuts, *slots}), dtype=np.int64)
+def reads_of(geometry: Geometry, shards: Layout | None = None) -> Reads:
+    """The reads of a mask on a layout; ``shards``, a finer division of the same slots, takes the place of the ranks."""
+    layout = shards or geometry.layout
+    cuts = np.array(sorted({*geometry.cuts, *layout.offsets}), dtype=np.int64)
     edges = np.searchsorted(cuts, layout.offsets)
     owner = np.repeat(np.arange(layout.world), np.diff(edges))
     if geometry.step == 1:
-        keys, queries = (_marked(geometry, cuts, of_keys=of_keys) for of_keys in (False, True))
+        keys, queries = (_marked(geometry.mask, layout, cuts, of_keys=of_keys) for of_keys in (False, True))
     else:
         pairs = Atoms(geometry, cuts.tolist(), (), ()).allowed_pairs()
         keys = np.stack([pairs[a:b].any(0) for a, b in pairwise(edges)])
@@ -63,16 +64,36 @@ def reads_of(geometry: Geometry, slots: Iterable[int] = ()) -> Reads:
     return Reads(cuts, owner, edges, keys, queries)
 
 
-def _marked(geometry: Geometry, cuts: np.ndarray, *, of_keys: bool) -> np.ndarray:
+def halves_of(geometry: Geometry) -> tuple[Reads, Reads]:
+    """The reads of the first halves of all ranks' keys, and those of the second halves (``split_in_two``)."""
+    layout, shards = geometry.layout, []
+    for rank, segments in enumerate(layout.ranks):
+        (start, room), _ = split_in_two(layout.owned(rank))
+        room, halves = room - start, ([], [])
+        for start, step, num in segments:
+            first = min(num, room)
+            room -= first
+            halves[0].append(Segment(start, step, first))
+            halves[1].append(Segment(start + step * first, step, num - first))
+        shards += map(tuple, halves)
+    found = reads_of(geometry, Layout("halves", tuple(shards)))
+    keys = np.logical_or.reduce(found.keys.reshape(layout.world, 2, -1), axis=1)
+    first, second = (
+        Reads(found.cuts, found.owner // 2, found.edges[::2], keys & (found.owner % 2 == half), found.queries[half::2])
+        for half in (0, 1)
+    )
+    return first, second
+
+
+def _marked(mask: Mask, layout: Layout, cuts: np.ndarray, *, of_keys: bool) -> np.ndarray:
     """bool (world, atoms): the atoms that meet the positions which each rank reads, or is read by."""
-    placed = geometry.layout.placed
-    slots, starts = np.array([p.slot for p in placed]), np.array([p.segment.start for p in placed])
+    slots, starts = np.array([p.slot for p in layout.placed]), np.array([p.segment.start for p in layout.placed])
     segment = np.searchsorted(slots, cuts[:-1], "right") - 1
     first = starts[segment] + cuts[:-1] - slots[segment]
     by_position = np.argsort(first)
     begin = first[by_position]
-    rank, start, stop = read_positions(geometry.mask, geometry.layout, of_keys=of_keys)
-    change = np.zeros((geometry.layout.world, len(begin) + 1), np.int32)
+    rank, start, stop = read_positions(mask, layout, of_keys=of_keys)
+    change = np.zeros((layout.world, len(begin) + 1), np.int32)
     np.add.at(change, (rank, np.searchsorted(begin, start, "right") - 1), 1)
     np.add.at(change, (rank, np.searchsorted(begin, stop, "left")), -1)
     marked = np.empty((len(change), len(begin)), bool)

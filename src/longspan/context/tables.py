@@ -15,14 +15,14 @@ from functools import cached_property
 
 import numpy as np
 
+from longspan.context.carry import Direct, Ring
 from longspan.context.estimate import KINDS, Known, Table, kernel_of, narrowest
 from longspan.context.geometry import Geometry
-from longspan.context.local import Direct, Ring
 from longspan.context.methods import carries, number_of
-from longspan.context.methods.ulysses import head_shares
 from longspan.context.pieces import fragments, runs_of
 from longspan.context.reads import Side, last_hop, reads_of
 from longspan.context.schedule import Kind, Sizes
+from longspan.context.shares import head_shares
 from longspan.hardware.profile import DeviceProfile
 from longspan.hardware.topology import Topology
 
@@ -333,8 +333,11 @@ class World:
     def exchange(self, degree: int, stages: int = 1) -> tuple[Table, Table]:
         """USP, and Ulysses where one group has all ranks, in stages of heads."""
         world, reads, groups = self.world, self.reads, self.world // degree
-        shares = head_shares(self.heads, degree, self.group_size, stages)
-        place, stage, heads, kv_heads, sent, dkv, dkv_stage, whole = (x[:, None] for x in shares.T)
+        shares = head_shares(self.heads, self.kv_heads, degree, stages)
+        facts = np.array([(s.place, s.stage, s.returns, s.complete) for s in shares])
+        place, stage, returns, whole = facts.T[..., None]
+        ranges = np.array([(s.heads, s.kv_heads, s.fetched) for s in shares])
+        heads, kv_heads, sent = np.maximum(ranges[..., 1] - ranges[..., 0], 0).T[..., None]
         group, owner = reads.owner // degree, np.arange(world)
         keys, queries = (
             np.logical_or.reduce(m.reshape(groups, degree, -1), axis=1) for m in (reads.keys, reads.queries)
@@ -370,8 +373,8 @@ class World:
             rows.move("kv", step + 1, src, dst, passed * wide[3])
             rows.move(result, stage + groups + 1, rank, owner, q_tokens * heads * others, complete=True)
         reader = np.arange(groups)[:, None] * degree + place[:, None]  # (entries, group, 1)
-        at = (np.arange(groups)[:, None] - owner // degree) % groups + 2 + dkv_stage[:, None]
-        tokens = read * dkv[:, None] * (reader != owner)
+        at = (np.arange(groups)[:, None] - owner // degree) % groups + 2 + stage[:, None]
+        tokens = read * (kv_heads * returns)[:, None] * (reader != owner)
         backward.move("dkv", at, reader, owner, tokens, complete=readers & (whole[:, None] > 0))
         return self._both(forward, backward, pieces, keeps=bool(self.keys.tokens.any()))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from longspan.attention.masks import Mask
-from longspan.context.local import Carry, Direct, Exchange, Ring
+from longspan.context.carry import Burst, Carry, Direct, Exchange, LightSeq, Opposing, Ring, TokenRing, Windows
 from longspan.context.methods.all_gather import all_gather, mask_aware
 from longspan.context.methods.burst import burst
 from longspan.context.methods.double_ring import double_ring
@@ -37,8 +37,8 @@ class Method:
 
     ``build`` takes (layout, query heads, KV heads), and a degree where ``has_degree`` or a number of stages where
     ``stages``, the default, is not 0. ``reason_against`` says why a mask on a layout cannot be computed, or None.
-    ``carry`` says how keys travel, where that is simple enough that one rank's part is made without the whole
-    (``context.local``); its degree or number of stages is the method's.
+    ``carry`` says how its data travel, by which one rank's part is made without the whole (``context.local``), of the
+    number of ranks and the degree or number of stages.
     """
 
     title: str
@@ -47,31 +47,36 @@ class Method:
     build: Callable[..., Schedule]
     has_degree: bool = False
     stages: int = 0
-    carry: Carry | None = None
+    carry: Callable[[int, int], Carry]
     reason_against: Callable[[Mask, Layout], str | None] = _no_reason
+
+
+def _always(carry: Carry) -> Callable[[int, int], Carry]:
+    return lambda world, number: carry
 
 
 _RING = "Liu, Zaharia, Abbeel 2023, arXiv:2310.01889"
 _UNIFIED = "Li et al. 2023, arXiv:2302.06218 (abstract only; this is USP)"
 METHODS: dict[str, Method] = {
-    "ring": Method(title="Ring Attention", paper=_RING, layout="contiguous", build=ring, carry=Ring(1)),
+    "ring": Method(title="Ring Attention", paper=_RING, layout="contiguous", build=ring, carry=_always(Ring(1))),
     "zigzag": Method(
         title="Zigzag ring (balanced for causal masks)",
         paper="zhuzilin/ring-flash-attention; Ring Attention, arXiv:2310.01889",
         layout="zigzag",
         build=zigzag_ring,
-        carry=Ring(1),
+        carry=_always(Ring(1)),
     ),
     "striped": Method(
         title="Striped Attention", paper="Brandon et al. 2023, arXiv:2311.09431", layout="striped", build=striped_ring,
-        carry=Ring(1),
+        carry=_always(Ring(1)),
     ),
     "descending": Method(
         title="Ring towards lower ranks, which drops keys nobody needs", paper="ours", layout="zigzag",
-        build=descending_ring, carry=Ring(-1),
+        build=descending_ring, carry=_always(Ring(-1)),
     ),
     "opposing": Method(
-        title="KV heads split over two opposing rings", paper="ours", layout="zigzag", build=opposing_rings
+        title="KV heads split over two opposing rings", paper="ours", layout="zigzag", build=opposing_rings,
+        carry=_always(Opposing()),
     ),
     "double_ring": Method(
         title="Double ring (windows of ranks)",
@@ -79,13 +84,14 @@ METHODS: dict[str, Method] = {
         layout="zigzag",
         build=double_ring,
         has_degree=True,
+        carry=lambda world, inner: Windows(inner),
     ),
     "all_gather": Method(
         title="All-gather of keys and values",
         paper="Grattafiori et al. 2024 (Llama 3), arXiv:2407.21783",
         layout="zigzag",
         build=all_gather,
-        carry=Direct(0),
+        carry=_always(Direct(0)),
     ),
     "mask_aware": Method(
         title="Keys only to ranks whose mask needs them, on a balanced layout",
@@ -93,14 +99,14 @@ METHODS: dict[str, Method] = {
         layout="balanced",
         build=mask_aware,
         stages=4,
-        carry=Direct(4),
+        carry=lambda world, stages: Direct(stages),
     ),
     "ulysses": Method(
         title="DeepSpeed-Ulysses (heads exchanged for tokens)",
         paper="Jacobs et al. 2023, arXiv:2309.14509",
         layout="contiguous",
         build=ulysses,
-        carry=Exchange(0),
+        carry=lambda world, _: Exchange(world),
     ),
     "staged_ulysses": Method(
         title="Ulysses in stages of heads, each under way during the one before",
@@ -108,6 +114,7 @@ METHODS: dict[str, Method] = {
         layout="contiguous",
         build=staged_ulysses,
         stages=2,
+        carry=lambda world, stages: Exchange(world, stages),
     ),
     "usp": Method(
         title="USP (Ulysses inside groups, a ring between them)",
@@ -115,23 +122,25 @@ METHODS: dict[str, Method] = {
         layout="zigzag",
         build=usp,
         has_degree=True,
-        carry=Exchange(0),
+        carry=lambda world, degree: Exchange(degree),
     ),
     "distributed_mha": Method(
         title="Distributed multi-head attention (heads and sequence split)", paper=_UNIFIED, layout="zigzag",
-        build=usp, has_degree=True, carry=Exchange(0),
+        build=usp, has_degree=True, carry=lambda world, degree: Exchange(degree),
     ),
     "token_ring": Method(
         title="TokenRing (queries hop, outputs go home)",
         paper="Wang et al. 2024, arXiv:2412.20501",
         layout="zigzag",
         build=token_ring,
+        carry=_always(TokenRing()),
     ),
     "light_seq": Method(
         title="LightSeq / DistFlashAttn (balanced causal schedule)",
         paper="Li et al. 2023, arXiv:2310.03294",
         layout="contiguous",
         build=light_seq,
+        carry=_always(LightSeq()),
         reason_against=looks_ahead,
     ),
     "burst": Method(
@@ -139,6 +148,7 @@ METHODS: dict[str, Method] = {
         paper="Sun et al. 2024, arXiv:2403.09347",
         layout="zigzag",
         build=burst,
+        carry=_always(Burst()),
     ),
 }  # fmt: skip
 
@@ -170,23 +180,11 @@ def reason_against(name: str, mask: Mask, layout: Layout) -> str | None:
 
 
 def carries(name: str, world: int) -> tuple[Carry, ...]:
-    """How the keys of a method travel, or those of both phases of ``forward+backward``; empty where one does not say.
+    """How the data of a method travel, or of both phases' methods of ``forward+backward``.
 
-    Empty also for a pair with exchanged heads, of which nothing is kept for the backward phase, unlike alone.
     Raises ValueError for an unknown method, and for a degree or number of stages that cannot be.
     """
-    parts = name.split("+")
-    found: list[Carry] = []
-    for part in parts:
-        carry = method(part).carry
-        if carry is None or (isinstance(carry, Exchange) and len(parts) > 1):
-            return ()
-        if isinstance(carry, Exchange):
-            carry = Exchange(number_of(part, world) or world)
-        elif isinstance(carry, Direct) and method(part).stages:
-            carry = Direct(number_of(part, world))
-        found.append(carry)
-    return tuple(found)
+    return tuple(method(part).carry(world, number_of(part, world)) for part in name.split("+"))
 
 
 def number_of(name: str, world: int) -> int:

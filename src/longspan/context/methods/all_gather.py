@@ -15,8 +15,8 @@ Cost per rank, unpruned: forward (w-1)·KV; backward (w-1)·KV and (w-1)·KV·a/
 
 from __future__ import annotations
 
+from longspan.context.carry import Direct
 from longspan.context.geometry import normalise
-from longspan.context.local import Direct
 from longspan.context.passes import derived
 from longspan.context.schedule import Block, Move, Phase, Piece, Schedule, ordered
 from longspan.layout.tokens import Layout
