@@ -286,11 +286,21 @@ def test_sizes() -> None:
 
 
 def _live(worker: Worker, messages: list[Tensor]) -> int:
-    storages = {}
+    """Bytes of all tensors that are held; of the arena those parts in which one of them lies."""
+    storages, parts = {}, []
     held = (t for record in worker.records.values() for t in record)
     for tensor in (*messages, *worker.flats.values(), *held):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(storages.values())
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() != worker._arena.untyped_storage().data_ptr():
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif tensor.numel():
+            last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            parts.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize))
+    total, end = sum(storages.values()), 0
+    for start, stop in sorted(parts):
+        total += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return total
 
 
 def _peaks(programs: list[Program], workers: list[Worker]) -> list[int]:

@@ -94,7 +94,7 @@ def test_blocks_of_keys_add_up_to_the_whole(name: str, mask: str) -> None:
         assert found[what] <= limit(allowed[what]), what
 
 
-@pytest.mark.parametrize("name", CUDA)
+@pytest.mark.parametrize("name", [name for name in CUDA if name != "cudnn"])  # which is passed over then
 @pytest.mark.parametrize("mask", ["causal", "documents"])
 def test_torchs_switch_makes_results_bit_identical(name: str, mask: str) -> None:
     kernel, bands, num = KERNELS[name](), LARGE[mask].bands, 1031

@@ -259,7 +259,7 @@ def estimate_all(
     merged = 3 * max(4, sizes.inputs) * sizes.batch * sizes.head_dim * rows * np.where(kind == KINDS.index("dkv"), 2, 1)
     busy += by_step(lands, dst, merged * memory_s * sums)
     if topology.byte_s:
-        busy += by_step(step, src, num_bytes * topology.byte_s) + by_step(lands, dst, num_bytes * topology.byte_s)
+        busy += by_step(step, src, num_bytes * topology.byte_s) + by_step(step, dst, num_bytes * topology.byte_s)
     posted = by_step(step, src, np.full(len(src), topology.message_s))
     if topology.blocking:
         busy += posted

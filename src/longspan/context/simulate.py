@@ -268,10 +268,11 @@ class _Run:
         sends, receives = self.sends.get((rank, step), []), self.receives.get((rank, step), [])
         for index in receives:
             self._post(index, now)
-        packed = self._spend(rank, "pack", now, float(self.costs.pack_s[sends].sum()) + self._touched_s(sends))
+        packed = self._spend(rank, "pack", now, float(self.costs.pack_s[sends].sum()))
         for number, index in enumerate(sends, 1):
             self._post(index, packed + number * self.topology.message_s)
         start = packed + (len(sends) * self.topology.message_s if self.topology.blocking else 0)
+        start += float(self.costs.num_bytes[[*sends, *receives]].sum()) * self.topology.byte_s
         if start > packed:
             self._spend(rank, "pack", packed, start - packed)
         for index in self.blocks.get((rank, step), []):
@@ -321,9 +322,4 @@ class _Run:
 
     def _land(self, rank: int, now: float) -> None:
         landing = self.landings.get((rank, self.step[rank]), [])
-        seconds = float(self.costs.land_s[landing].sum()) + self._touched_s(landing)
-        self._later(self._spend(rank, "merge", now, seconds), "landed", rank)
-
-    def _touched_s(self, moves: list[int]) -> float:
-        """What moving these messages' bytes costs the processor at one end."""
-        return float(self.costs.num_bytes[moves].sum()) * self.topology.byte_s
+        self._later(self._spend(rank, "merge", now, float(self.costs.land_s[landing].sum())), "landed", rank)

@@ -53,7 +53,8 @@ class Topology:
         flow_bytes_per_s: what one message alone can reach inside a node; 0 for no limit but the wires'.
         latency_s: from the start of a message to its first byte, inside a node.
         message_s: what posting one message costs; messages that a rank posts together start one after another.
-        byte_s: what a byte costs the sender's and the receiver's processor each, where these move it (TCP).
+        byte_s: what a byte costs the sender's and the receiver's processor each, where these move it (TCP); counted in
+            the step in which the message is posted.
         blocking: whether the posting rank is held up meanwhile (gloo) or not (NCCL on a stream of its own).
         switch_size: ranks below one PCIe switch (``tree`` only).
         uplink_bytes_per_s: of a switch's uplink in each direction (``tree`` only); 0 stands for ``link_bytes_per_s``.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +29,34 @@ def test_auto_on_cpu_says_once_what_it_chose_and_why(caplog: pytest.LogCaptureFi
     caplog.clear()
     assert pick(Q, softcap=30.0).name == "reference"  # slow, and memory for whole score matrices: said aloud
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What the choice looks at of queries on an H100."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    return SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 8, 2, 64))
+
+
+@pytest.fixture
+def torch_switch() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("torch_switch")
+def test_cudnn_is_not_taken_where_torch_must_be_deterministic(hopper, caplog: pytest.LogCaptureFixture) -> None:
+    kernels._say_once.cache_clear()
+    assert pick(hopper, softcap=None).name == "cudnn"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert pick(hopper, softcap=None).name == "cudnn", "torch too only warns"
+    torch.use_deterministic_algorithms(True)
+    with caplog.at_level(logging.INFO):
+        assert pick(hopper, softcap=None).name == "cuda_flash"
+    assert "not cudnn (its backward is not deterministic" in caplog.text
+    with pytest.raises(ValueError, match=r"^kernel 'cudnn' cannot be used here: its backward is not det.*take 'auto'$"):
+        pick(hopper, softcap=None, name="cudnn")
 
 
 def test_refusals_are_one_line() -> None:

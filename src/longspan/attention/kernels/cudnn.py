@@ -2,7 +2,9 @@
 
 Kernel: ``aten._scaled_dot_product_cudnn_attention`` and its backward, on Hopper 1.5 to 1.8 times as fast as torch's
 flash attention. It knows "full" and "causal", not windows: bands bounded below and bands too small to be worth two
-calls go to ``cuda_flash``. What differs otherwise is as there. Cost: the allowed pairs; float32 for out.
+calls go to ``cuda_flash``. What differs otherwise is as there. Its backward adds up dq in no fixed order, so it is
+refused under ``torch.use_deterministic_algorithms(True)``, as torch's own attention does; flash attention then takes
+its deterministic backward. Cost: the allowed pairs; float32 for out.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ class Cudnn:
             return "this torch has no cuDNN"
         if torch.cuda.get_device_capability(q.device) < (9, 0):
             return "cuDNN attention is used from compute capability 9.0 on"
+        if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
+            return "its backward is not deterministic, and torch.use_deterministic_algorithms(True) is in force"
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bands: Bands, *, scale: float, softcap: float | None) -> Forward:
