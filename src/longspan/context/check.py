@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from operator import mul
 
 import numpy as np
 
+from longspan.attention.bands import total_area
 from longspan.context.geometry import Geometry, Range
 from longspan.context.passes import Liveness, atoms_of
 from longspan.context.schedule import KV_KINDS, Block, Kind, Phase, Schedule, kv_heads_of
@@ -45,7 +47,9 @@ def check_own(schedule: Schedule, geometry: Geometry, rank: int, triples: tuple[
         twice = _computed_twice(phase.blocks)
         if twice is not None:
             raise ScheduleError(f"{name}: rank {rank} computes on keys of slots {twice[0]}..{twice[1]} more than once")
-        found = sum(geometry.area(block.q, block.k) * (block.heads[1] - block.heads[0]) for block in phase.blocks)
+        areas = (total_area(geometry.bands(block.q, block.k)) for block in phase.blocks)  # the bands that are lowered
+        heads = (block.heads[1] - block.heads[0] for block in phase.blocks)
+        found = sum(map(mul, areas, heads))
         if found != expected:
             raise ScheduleError(
                 f"{name}: rank {rank} computes {found} of {expected} allowed (head, query, key) "

@@ -76,14 +76,21 @@ class Geometry:
         self._grids: dict[tuple[frozenset[int], ...], Atoms] = {}
 
     def _runs(self, ranges: Ranges) -> list[tuple[int, int, int]]:
-        """(row of the block, first global position, number of tokens) of each stretch within one segment."""
-        runs, row = [], 0
+        """(row of the block, first global position, number of tokens) of each stretch of evenly spaced ones."""
+        runs: list[tuple[int, int, int]] = []
+        row, following = 0, None
         for start, stop in ranges:
             index = bisect_right(self._slots, start) - 1
             while start < stop:
                 slot, segment = self.layout.placed[index]
                 n = min(stop, slot + segment.num_tokens) - start
-                runs.append((row, segment.start + segment.step * (start - slot), n))
+                position = segment.start + segment.step * (start - slot)
+                if position == following:  # goes on where the last stretch ended
+                    before, first, num = runs[-1]
+                    runs[-1] = before, first, num + n
+                else:
+                    runs.append((row, position, n))
+                following = position + segment.step * n
                 row, start, index = row + n, start + n, index + 1
         return runs
 

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from longspan.attention.bands import transpose
+from longspan.attention.masks import from_bands
 from longspan.context.balance import areas
 from longspan.context.carry import Burst, Carry, Direct, Exchange, LightSeq, Opposing, Ring, TokenRing, Windows
 from longspan.context.geometry import Geometry
@@ -48,9 +50,9 @@ def own_triples(carries: tuple[Carry, ...], geometry: Geometry, num_heads: int, 
 
 def _triples(carry: Carry, geometry: Geometry, num_heads: int, rank: int, *, backward: bool) -> int:
     layout = geometry.layout
-    own = (layout.owned(rank),)
     if isinstance(carry, TokenRing) or (isinstance(carry, Burst) and backward):  # all pairs of its keys
-        return num_heads * geometry.area(((0, layout.num_tokens),), own)
+        turned = from_bands(transpose(geometry.mask.bands), layout.num_tokens)
+        return num_heads * int(areas(turned, layout)[rank])
     if isinstance(carry, LightSeq):
         pairs = (_light_pair(layout.world, rank, step) for step in range(layout.world // 2 + 1))
         return num_heads * sum(geometry.area((layout.owned(p[0]),), (layout.owned(p[1]),)) for p in pairs if p)

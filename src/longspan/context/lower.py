@@ -270,7 +270,7 @@ class _Lowering:
 
 
 def _within(held: Held, tokens: int) -> Held:
-    return {buffer: cells & tokens for buffer, cells in held.items() if cells & tokens}
+    return {buffer: some for buffer, cells in held.items() if (some := cells & tokens)}
 
 
 def _union(held: Held) -> int:
