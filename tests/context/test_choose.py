@@ -19,6 +19,7 @@ from longspan.context.choose import (
     choose_method,
     default_layout,
     layout_of,
+    price_all,
 )
 from longspan.context.estimate import estimate, tabulate
 from longspan.context.geometry import Geometry
@@ -95,28 +96,42 @@ def packed(num_tokens: int) -> Mask:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [masks.causal, packed])
-def test_choosing_at_64_ranks_takes_a_fifth_of_one_candidate_s_list(make) -> None:
-    """As a ratio within one run, since machines differ: some 45 ms where one ring's list takes half a second."""
+@pytest.mark.parametrize(
+    ("make", "layout_name", "num_kv_heads"),
+    [
+        *((masks.causal, layout_name, g) for layout_name in ("contiguous", "zigzag", "balanced") for g in (8, 32)),
+        *((packed, layout_name, 32) for layout_name in ("contiguous", "zigzag")),
+    ],
+)
+def test_a_choice_at_64_ranks_takes_less_than_50_ms(
+    make: Callable[[int], Mask], layout_name: str, num_kv_heads: int
+) -> None:
+    """Best of ten, in processor time: other work on the machine's cores doubles single times.
+
+    Documents on a balanced layout with few KV heads are not held to it: bounds leave five to seven methods there.
+    """
     mask = make(64 * 8192)
-    layout = default_layout(mask, 64)
+    layout = layout_of(layout_name, mask, 64)
     where = Where(topology=make_topology("h200", 64), device=make_profile("h200"), sizes=Sizes(head_dim=128))
-
-    def shortest(run: Callable[[], object], times: int) -> float:
-        taken = []
-        for _ in range(times):
-            start = time.process_time()
-            run()
-            taken.append(time.process_time() - start)
-        return min(taken)
-
-    def choose() -> None:
+    taken = []
+    for _ in range(10):
         _chosen.clear()
-        choose_method(mask, layout, 64, 8, where)
+        start = time.process_time()
+        choose_method(mask, layout, 32, num_kv_heads, where)
+        taken.append(time.process_time() - start)
+    assert min(taken) < 0.05, taken
 
-    one = shortest(lambda: prune_schedule(builder("ring", 64)(layout, 64, 8), Geometry(mask, layout)), 3)
-    taken = shortest(choose, 20)
-    assert taken < one / 5, (taken, one)
+
+def test_all_candidates_are_priced_on_request() -> None:
+    """Also those that bounds rule out; the best of them is the choice."""
+    mask, where = masks.causal(4096), places(8)["h200"]
+    layout = default_layout(mask, 8)
+    priced = price_all(mask, layout, 16, 8, where)
+    able = [name for name in CANDIDATES if reason_against(name, mask, layout) is None]
+    assert sorted(c.method for c in priced) == sorted(able)
+    choice = choose_method(mask, layout, 16, 8, where)
+    assert len(choice.candidates) < len(priced)
+    assert {c.method: c.both_s for c in priced}.items() >= {c.method: c.both_s for c in choice.candidates}.items()
 
 
 @pytest.mark.parametrize(("num_kv_heads", "limit"), [(8, 0.26), (1, 0.76)])

@@ -9,14 +9,11 @@ from hypothesis import strategies as st
 
 from longspan.attention.masks import Mask
 from longspan.context.choose import CANDIDATES, layout_of
-from longspan.context.estimate import Known, Table, estimate, least_s, tabulate
+from longspan.context.estimate import Table, tabulate
 from longspan.context.geometry import Geometry
 from longspan.context.methods import builder, reason_against
 from longspan.context.passes import prune_schedule
-from longspan.context.schedule import Sizes
-from longspan.context.tables import JOINT, World
-from longspan.hardware.profile import make_profile
-from longspan.hardware.topology import make_topology
+from longspan.context.tables import World
 from longspan.layout.tokens import Layout
 from tests.context.cases import MASKS
 from tests.context.test_local import LAYOUTS, band_masks
@@ -71,18 +68,3 @@ def test_tables_equal_those_of_the_schedule(name: str, mask_name: str, layout_na
 )
 def test_any_mask(mask: Mask, world: int, layout_name: str, heads: tuple[int, int]) -> None:
     assert_equal_tables(mask, layout_of(layout_name, mask, world), *heads)
-
-
-@pytest.mark.parametrize("mask_name", ["full", "causal", "documents"])
-@pytest.mark.parametrize("network", ["h200", "gloo", "a10_mesh", "a10_pcie"])
-def test_a_bound_is_never_above_the_estimate(network: str, mask_name: str) -> None:
-    mask = MASKS[mask_name](4096)
-    topology, device, sizes, known = make_topology(network, 8), make_profile("h200"), Sizes(head_dim=128), Known()
-    world = World(Geometry(mask, layout_of("contiguous", mask, 8)), 8, 4)
-    for name in CANDIDATES:
-        tables = world.table(name) if reason_against(name, mask, world.layout) is None else None
-        for backward, table in enumerate(tables or ()):
-            time_s = estimate(table, topology, device, sizes) * (1 + 1e-9)
-            assert least_s(table, topology, device, sizes, known) <= time_s
-            if name.partition(":")[0] not in JOINT:
-                assert world.least_s(name, topology, device, sizes, known, backward=bool(backward)) <= time_s

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+
 
 @dataclass(frozen=True, slots=True)
 class Ring:
@@ -44,6 +46,11 @@ class Direct:
         for stage in range(1, stages):
             edges[stage] = max(edges[stage], edges[stage - 1] + 1)
         return [after - before for before, after in pairwise(edges)]
+
+    def calls(self, world: int) -> np.ndarray:
+        """(world,): by distance, the call that takes the keys; own ones have the first, or all have number 1."""
+        sizes = self.sizes(world)
+        return np.append(0 if self.stages else 1, np.repeat(np.arange(len(sizes)) + 1, sizes))
 
 
 @dataclass(frozen=True, slots=True)

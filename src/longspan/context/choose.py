@@ -24,12 +24,13 @@ import torch.distributed as dist
 
 from longspan.attention.masks import Mask
 from longspan.context.balance import balanced, bytes_fraction, imbalance
+from longspan.context.bounds import Both, Bounds
 from longspan.context.estimate import Known, Table, estimate_all, least_s, tabulate
 from longspan.context.geometry import Geometry
 from longspan.context.methods import builder, layout_name, reason_against
 from longspan.context.passes import prune_schedule
 from longspan.context.schedule import Sizes
-from longspan.context.tables import JOINT, World
+from longspan.context.tables import World
 from longspan.hardware.devices import device_name
 from longspan.hardware.profile import DeviceProfile, make_profile
 from longspan.hardware.saved import profile_path, saved_profile
@@ -152,13 +153,15 @@ class Choice:
         return f"{self.chosen.method}: {1e3 * self.chosen.both_s:.3g} ms estimated, of {', '.join(rows)}"
 
 
+# Of equally fast ones the earlier is chosen: those that join shards in one call come first.
 CANDIDATES = (
-    "ring", "descending", "opposing", "double_ring", "all_gather", "mask_aware:2", "mask_aware", "ulysses",
-    "staged_ulysses", "usp", "token_ring", "light_seq", "burst",
+    "all_gather", "mask_aware:2", "mask_aware", "ulysses", "staged_ulysses", "usp", "ring", "descending", "opposing",
+    "double_ring", "token_ring", "light_seq", "burst",
 )  # fmt: skip
 _MIXING_MARGIN = 1.03  # two methods must promise this much over one
 _LISTED_RANKS = 16  # up to so many, a method without tables in closed form is priced by its schedule
-_AT_ONCE = 3  # methods that are priced together; after each time, bounds rule some of the rest out
+_FIRST = "usp"  # often the best, and its tables are small: what it takes rules out most of the others
+_AT_ONCE = 3  # of the others, methods that are priced together; after each time, bounds rule some of the rest out
 _chosen: dict[tuple[object, ...], Choice] = {}
 
 
@@ -212,67 +215,106 @@ class _Search:
     """Prices candidates, leaving out those whose lower bounds say that they cannot be chosen."""
 
     def __init__(self, mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int, where: Where) -> None:
-        self.geometry, self.heads, self.where = Geometry(mask, layout), (num_heads, num_kv_heads), where
+        self.geometry, self.heads = Geometry(mask, layout), (num_heads, num_kv_heads)
         self.world = World(self.geometry, *self.heads)
-        self.known = Known()
-        self.found: list[Candidate] = []
+        self.where, self.known = (where.topology, where.device, where.sizes), Known()
+        self.least: dict[str, Both] = {}  # lower bounds of each method's phases
+        self.todo: list[str] = []  # methods that are neither priced nor ruled out
+        self.found: dict[str, Candidate] = {}
         self.bound: set[str] = set()  # methods whose backward phase needs what their forward phase keeps
 
     def best(self) -> tuple[Candidate, Candidate, Candidate]:
         """Of what is priced so far: the best for both phases, for the forward and for the backward phase."""
-        free = (c for c in self.found if c.method not in self.bound)
+        found = [self.found[name] for name in CANDIDATES if name in self.found]
+        free = (c for c in found if c.method not in self.bound)
         return (
-            min(self.found, key=_both_s, default=_NEVER),
-            min(self.found, key=_forward_s, default=_NEVER),
+            min(found, key=_both_s, default=_NEVER),
+            min(found, key=_forward_s, default=_NEVER),
             min(free, key=_backward_s, default=_NEVER),
         )
 
-    def hopes(self, forward_s: float, backward_s: float) -> bool:
-        """Whether a method of at least these times could still be chosen for a phase or for both."""
-        both, forward, backward = self.best()
-        return forward_s < forward.forward_s or backward_s < backward.backward_s or forward_s + backward_s < both.both_s
+    def in_order(self) -> tuple[Candidate, ...]:
+        """What is priced, best first."""
+        return tuple(sorted(self.found.values(), key=_both_s))
 
-    def tables(self, name: str) -> tuple[Table, Table] | None:
-        """In closed form, or on few ranks from the schedule."""
-        tables, layout = self.world.table(name), self.geometry.layout
-        if tables is None and layout.world <= _LISTED_RANKS:
+    def hopes(self, name: str) -> bool:
+        """Whether a method could be chosen, for both phases or for one beside the best that the other may have."""
+        (forward_s, backward_s), (both, forward, backward) = self.least[name], self.best()
+        best_forward_s, best_backward_s = (
+            min([best_s, *(self.least[other][phase] for other in self.todo)])
+            for phase, best_s in enumerate((forward.forward_s, backward.backward_s))
+        )
+        enough_s = both.both_s / _MIXING_MARGIN
+        return (
+            forward_s + backward_s < both.both_s
+            or (forward_s < forward.forward_s and forward_s + best_backward_s < enough_s)
+            or (backward_s < backward.backward_s and best_forward_s + backward_s < enough_s)
+        )
+
+    def tables(self, names: list[str]) -> dict[str, tuple[Table, Table]]:
+        """In closed form, or on few ranks from the schedule; without those that have neither."""
+        found, layout = {name: self.world.table(name) for name in names}, self.geometry.layout
+        for name in [name for name, both in found.items() if both is None and layout.world <= _LISTED_RANKS]:
             schedule = prune_schedule(builder(name, layout.world)(layout, *self.heads), self.geometry)
-            return tabulate(schedule, self.geometry), tabulate(schedule, self.geometry, backward=True)
-        return tables
+            found[name] = tabulate(schedule, self.geometry), tabulate(schedule, self.geometry, backward=True)
+        return {name: both for name, both in found.items() if both is not None}
 
     def price(self, names: list[str]) -> None:
         """Estimate those of the methods that could be chosen, the most hopeful first."""
-        at = self.where.topology, self.where.device, self.where.sizes, self.known
-        tables = {name: both for name in names if (both := self.tables(name)) is not None}
-        least = {name: [least_s(table, *at) for table in both] for name, both in tables.items()}
-        todo = sorted(tables, key=lambda name: sum(least[name]))
-        while todo:
-            now, todo = todo[:_AT_ONCE], todo[_AT_ONCE:]
-            self.bound |= {name for name in now if tables[name][0].keeps}
-            seconds = estimate_all([table for name in now for table in tables[name]], *at)
-            self.found += [Candidate(*row) for row in zip(now, seconds[::2], seconds[1::2], strict=True)]
-            todo = [name for name in todo if self.hopes(*least[name])]
+        bounds = Bounds(self.world, *self.where, self.known)
+        self.least = {name: bounds.least_s(name) for name in names}
+        self.todo = sorted(names, key=lambda name: (name != _FIRST, sum(self.least[name])))
+        num = 1
+        while now := [name for name in self.todo if self.hopes(name)][:num]:
+            for name in now if self.found else ():  # nothing is ruled out before something is priced
+                self._raise(name, bounds.kernels_s(name))
+            tables = self.tables([name for name in now if self.hopes(name)])
+            for name, both in tables.items():
+                forward_s, backward_s = (least_s(table, *self.where, self.known) for table in both)
+                self._raise(name, (forward_s, backward_s))
+            self.estimate({name: both for name, both in tables.items() if self.hopes(name)})
+            self.todo = [name for name in self.todo if name not in now]
+            num = _AT_ONCE
+
+    def _raise(self, name: str, bounds: Both) -> None:
+        forward_s, backward_s = map(max, self.least[name], bounds)
+        self.least[name] = forward_s, backward_s
+
+    def estimate(self, tables: dict[str, tuple[Table, Table]]) -> None:
+        """Estimate methods by their tables."""
+        if tables:
+            self.bound |= {name for name, (forward, _) in tables.items() if forward.keeps}
+            seconds = estimate_all([table for both in tables.values() for table in both], *self.where, self.known)
+            rows = zip(tables, seconds[::2], seconds[1::2], strict=True)
+            self.found |= {name: Candidate(name, *both_s) for name, *both_s in rows}
+
+
+def _able(mask: Mask, layout: Layout, num_heads: int) -> list[str]:
+    """The candidates that can compute a mask on a layout."""
+    able = [name for name in CANDIDATES if reason_against(name, mask, layout) is None]
+    if num_heads <= layout.world:
+        able.remove("staged_ulysses")  # no rank has two heads: it is Ulysses
+    return able
+
+
+def price_all(mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int, where: Where) -> tuple[Candidate, ...]:
+    """The estimates of all candidates on a layout, best first, also of those that bounds would rule out.
+
+    Without those that have no tables in closed form where ranks are many.
+    """
+    search = _Search(mask, layout, num_heads, num_kv_heads, where)
+    search.estimate(search.tables(_able(mask, layout, num_heads)))
+    return search.in_order()
 
 
 def _choose(mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int, where: Where) -> Choice:
     search = _Search(mask, layout, num_heads, num_kv_heads, where)
-    able = [name for name in CANDIDATES if reason_against(name, mask, layout) is None]
-    if num_heads <= layout.world:
-        able.remove("staged_ulysses")  # no rank has two heads: it is Ulysses
-    joint = [name for name in able if name.partition(":")[0] in JOINT]
-    search.price(joint)
-    # The others compute shard by shard, so that a bound tells before any table whether one is worth it.
-    at = where.topology, where.device, where.sizes, search.known
-
-    def hopeful(name: str) -> bool:
-        return search.hopes(*(search.world.least_s(name, *at, backward=backward) for backward in (False, True)))
-
-    search.price([name for name in able if name not in joint and hopeful(name)])
+    search.price(_able(mask, layout, num_heads))
     best, forward, backward = search.best()
     if (forward.forward_s + backward.backward_s) * _MIXING_MARGIN < best.both_s:
         name = forward.method if forward is backward else f"{forward.method}+{backward.method}"
         best = Candidate(name, forward.forward_s, backward.backward_s)
-    return Choice(best, tuple(sorted(search.found, key=_both_s)))
+    return Choice(best, search.in_order())
 
 
 def layout_options(mask: Mask, world: int) -> list[Layout]:

@@ -194,9 +194,13 @@ def least_s(table: Table, topology: Topology, device: DeviceProfile, sizes: Size
     busy = np.bincount(table.blocks[:, 1], _block_s(table, device, sizes, known), table.world)
     _, src, dst, _, kind = table.moves.T
     num_bytes = _move_bytes(kind, table.rows, table.complete, sizes)
-    wires, capacity = _routes(topology)[0][src * table.world + dst], _capacity(topology)
-    used = np.bincount(wires.ravel(), np.repeat(num_bytes, wires.shape[1]), len(capacity)) / capacity
-    return float(max(busy.max(), used.max()))
+    return float(max(busy.max(), wires_s(src * table.world + dst, num_bytes, topology).max()))
+
+
+def wires_s(pair: np.ndarray, num_bytes: np.ndarray, topology: Topology) -> np.ndarray:
+    """(wires + 1,): seconds that messages of so many bytes keep each wire; ``pair`` as in ``routes``."""
+    wires, capacity = routes(topology)[0][pair], _capacity(topology)
+    return np.bincount(wires.ravel(), np.repeat(num_bytes, wires.shape[1]), len(capacity)) / capacity
 
 
 def _check_world(table: Table, topology: Topology) -> None:
@@ -210,7 +214,17 @@ def _check_world(table: Table, topology: Topology) -> None:
 @lru_cache(maxsize=8)
 def narrowest(topology: Topology) -> np.ndarray:
     """(world · world,) by src · world + dst: bytes/s of the narrowest wire between two ranks."""
-    return _capacity(topology)[_routes(topology)[0]].min(axis=1)
+    return _capacity(topology)[routes(topology)[0]].min(axis=1)
+
+
+@lru_cache(maxsize=8)
+def users(topology: Topology) -> tuple[np.ndarray, np.ndarray]:
+    """bool (world, wires + 1), twice: whether a message from the rank, or to it, may cross the wire."""
+    world, wires = topology.num_ranks, routes(topology)[0]
+    found = np.zeros((2, world, len(topology.resources) + 1), bool)
+    src, dst = np.divmod(np.arange(world * world), world)
+    found[0, src[:, None], wires] = found[1, dst[:, None], wires] = True
+    return found[0], found[1]
 
 
 def _capacity(topology: Topology) -> np.ndarray:
@@ -263,21 +277,21 @@ def estimate_all(
     posted = by_step(step, src, np.full(len(src), topology.message_s))
     if topology.blocking:
         busy += posted
-    routes, caps, latency = (of_pair[pair] for of_pair in _routes(topology))
+    path, caps, latency = (of_pair[pair] for of_pair in routes(topology))
     capacity = _capacity(topology)
     own_s = num_bytes / caps
     if np.isfinite(caps).any():
         same = (step * len(tables) + number) * world * world + pair
         _, inverse = np.unique(same, return_inverse=True)
         own_s = np.bincount(inverse, num_bytes)[inverse] / caps
-    wires = routes + number[:, None] * len(capacity)
-    flight = latency + posted[step, src], own_s, num_bytes[:, None] / capacity[routes], wires
+    wires = path + number[:, None] * len(capacity)
+    flight = latency + posted[step, src], own_s, num_bytes[:, None] / capacity[path], wires
     done = _follow(busy, (step, src, dst, lands), flight, (len(tables), len(capacity)))
     return done.reshape(len(tables), world).max(axis=1).tolist()
 
 
 @lru_cache(maxsize=8)
-def _routes(topology: Topology) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def routes(topology: Topology) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """By src * world + dst: wires, filled up with one past the last, limit of a message alone, and latency."""
     world, none = topology.num_ranks, len(topology.resources)
     paths = {(a, b): topology.path(a, b) for a in range(world) for b in range(world) if a != b}
@@ -307,7 +321,7 @@ def _follow(
     num_wires = shape[0] * shape[1]
     order = np.argsort(moves[0], kind="stable")
     step, src, dst, lands = (x[order] for x in moves)
-    before_s, own_s, wire_s, routes = (x[order] for x in flight)
+    before_s, own_s, wire_s, paths = (x[order] for x in flight)
     edges = np.searchsorted(step, np.arange(num_steps + 1))
     entered, due = np.zeros(world), np.zeros((num_steps, world))
     free = np.zeros(num_wires)
@@ -315,14 +329,14 @@ def _follow(
         some = slice(edges[now], edges[now + 1])
         if edges[now] < edges[now + 1]:
             begun = np.maximum(entered[src[some]], entered[dst[some]])
-            wires = routes[some].ravel()
+            wires = paths[some].ravel()
             first = np.full(num_wires, math.inf)
-            np.minimum.at(first, wires, np.repeat(begun, routes.shape[1]))
+            np.minimum.at(first, wires, np.repeat(begun, paths.shape[1]))
             used = np.isfinite(first)
             until = np.maximum(first, free) + np.bincount(wires, wire_s[some].ravel(), num_wires)
             free[used] = until[used]
             free.reshape(shape)[:, -1] = until.reshape(shape)[:, -1] = 0.0  # stand for no wire
-            through = np.maximum(until[routes[some]].max(axis=1), begun + own_s[some])
+            through = np.maximum(until[paths[some]].max(axis=1), begun + own_s[some])
             np.maximum.at(due, (lands[some], dst[some]), through + before_s[some])
         entered = np.maximum(entered + busy[now], due[now])
     return entered

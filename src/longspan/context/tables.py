@@ -10,24 +10,18 @@ Cost: a millisecond a method for 64 ranks, where the lists take 0.3 to 2 s.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
 
-from longspan.context.carry import Direct, Ring
-from longspan.context.estimate import KINDS, Known, Table, kernel_of, narrowest
+from longspan.context.carry import Burst, Direct, Exchange, LightSeq, Opposing, Ring, TokenRing, Windows
+from longspan.context.estimate import KINDS, Table
 from longspan.context.geometry import Geometry
-from longspan.context.methods import carries, number_of
-from longspan.context.pieces import fragments, runs_of
+from longspan.context.methods import carries
+from longspan.context.pieces import Fragments, fragments, runs_of
 from longspan.context.reads import Side, last_hop, reads_of
-from longspan.context.schedule import Kind, Sizes
+from longspan.context.schedule import Kind
 from longspan.context.shares import head_shares
-from longspan.hardware.profile import DeviceProfile
-from longspan.hardware.topology import Topology
-
-JOINT = ("all_gather", "mask_aware", "ulysses", "staged_ulysses", "usp")  # compute on several shards in one call
-
 
 # The inputs of queries, and their result, of each phase.
 _FORWARD: tuple[tuple[Kind, ...], Kind] = ("q",), "o"
@@ -88,17 +82,32 @@ class World:
         self._group_pieces: dict[int, np.ndarray] = {}
         self.tickets = np.random.default_rng(0).integers(1 << 40, size=len(self.reads.owner))
 
+    @cached_property
+    def helped(self) -> np.ndarray:
+        """bool (world, world): the pairs that the keys' owner computes in LightSeq, and not the queries'."""
+        return (self.i - self.j) % self.world > self.world // 2
+
     # Shapes and their pieces of bands
 
     @cached_property
-    def _pair_pieces(self) -> np.ndarray:
-        """The pieces of bands of all pairs of shards, each a shape: queries' owner · world + keys' owner."""
+    def _pair_fragments(self) -> Fragments:
+        """The pieces of bands of all pairs of shards, each a block: queries' owner · world + keys' owner."""
         pairs = np.stack(np.nonzero(self.keys.tokens), 1)
-        if not len(pairs):
-            return np.zeros((0, 6), np.int64)
         shards = runs_of(self.reads, self.geometry, self.reads.owner == np.arange(self.world)[:, None])
         found = fragments(shards, pairs, self.geometry)
-        i, j = pairs[found.block].T
+        return found._replace(block=(pairs @ (self.world, 1))[found.block])
+
+    @cached_property
+    def areas(self) -> np.ndarray:
+        """(world, world): allowed pairs of tokens of each pair of shards."""
+        found = self._pair_fragments
+        return np.bincount(found.block, found.area, self.world**2).reshape(self.world, self.world)
+
+    @cached_property
+    def pair_pieces(self) -> np.ndarray:
+        """The pieces of all pairs of shards, each a shape, on what is left of the shards when they are narrowed."""
+        found = self._pair_fragments
+        i, j = np.divmod(found.block, self.world)
         cuts, sizes, first = self.reads.cuts, self.reads.sizes, np.array(self.layout.offsets)
 
         def place(marks: np.ndarray, which: np.ndarray, slot: np.ndarray) -> np.ndarray:
@@ -109,7 +118,7 @@ class World:
 
         q0, k0 = place(self.reads.queries, j, first[i] + found.q0), place(self.reads.keys, i, first[j] + found.k0)
         q1, k1 = q0 + found.q1 - found.q0, k0 + found.k1 - found.k0
-        return found._replace(block=i * self.world + j, q0=q0, q1=q1, k0=k0, k1=k1).joined()
+        return found._replace(q0=q0, q1=q1, k0=k0, k1=k1).joined()
 
     def _joint_pieces(self, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """The pieces of blocks on several shards together, bool (shapes, atoms) each."""
@@ -129,28 +138,6 @@ class World:
         """Blocks of all pairs of shards."""
         queries, shape = self._pair_tickets, self.i * self.world + self.j
         rows.block(step, rank, self.queries.tokens.T, self.keys.tokens, heads, kv_heads, queries, shape)
-
-    def least_s(
-        self, name: str, topology: Topology, device: DeviceProfile, sizes: Sizes, known: Known, *, backward: bool
-    ) -> float:
-        """A lower bound of a method that computes shard by shard, without its tables.
-
-        The ranks' mean time in kernels, and what hops from rank to rank on the narrowest wire of a hop.
-        """
-        found = kernel_of(self._pair_pieces, self.num_shapes, self.heads, device, sizes, known, backward=backward)
-        kernel_s = float(found.seconds.sum() + device.block_s * np.count_nonzero(found.rows)) / self.world
-        carry, row = next(iter(carries(name, self.world)), None), sizes.batch * sizes.head_dim * sizes.inputs
-        if isinstance(carry, Ring):
-            return max(kernel_s, self._hop_s(self.keys, carry.up, 2 * self.kv_heads * row, topology))
-        if name == "token_ring" or (name == "burst" and backward):  # queries hop, in a backward phase with do
-            return max(kernel_s, self._hop_s(self.queries, 1, (1 + backward) * self.heads * row, topology))
-        return kernel_s
-
-    def _hop_s(self, side: Side, up: int, token_bytes: int, topology: Topology) -> float:
-        hop, owner = np.indices((self.world - 1, self.world))
-        tokens = np.bincount(((owner + up * hop) % self.world).ravel(), side.carried(up).ravel(), self.world)
-        rank = np.arange(self.world)
-        return float((tokens * token_bytes / narrowest(topology)[rank * self.world + (rank + up) % self.world]).max())
 
     def _both(self, forward: _Rows, backward: _Rows, pieces: np.ndarray, *, keeps: bool = False) -> tuple[Table, Table]:
         """The two tables. A backward phase without blocks of its own has the forward phase's."""
@@ -228,7 +215,7 @@ class World:
         self._ring(forward, up, self.heads, self.kv_heads)
         backward.moves += forward.moves
         self._follow(backward, up, self.kv_heads)
-        return self._both(forward, backward, self._pair_pieces)
+        return self._both(forward, backward, self.pair_pieces)
 
     def _ring(self, rows: _Rows, up: int, heads: int, kv_heads: int) -> None:
         self._pairs(rows, up * (self.i - self.j) % self.world, self.i, heads, kv_heads)
@@ -244,7 +231,7 @@ class World:
             self._ring(forward, up, num * self.group_size, num)
             self._follow(backward, up, num)
         backward.moves += forward.moves
-        return self._both(forward, backward, self._pair_pieces)
+        return self._both(forward, backward, self.pair_pieces)
 
     def double_ring(self, inner: int) -> tuple[Table, Table]:
         world, windows = self.world, self.world // inner
@@ -268,14 +255,11 @@ class World:
         forward.move("kv", at, src, dst, far * self.kv_heads, lands=at + inner - 1)
         backward.moves += forward.moves
         self._home(backward, step + 1)
-        return self._both(forward, backward, self._pair_pieces)
+        return self._both(forward, backward, self.pair_pieces)
 
     def direct(self, carry: Direct) -> tuple[Table, Table]:
-        world, reads = self.world, self.reads
-        # The call that takes the keys of a distance; own ones have the first, or all have one.
-        sizes = carry.sizes(world)
-        call = np.append(0 if carry.stages else 1, np.repeat(np.arange(len(sizes)) + 1, sizes))
-        step, num = call[(self.i - self.j) % world], len(sizes) + 1
+        world, reads, call = self.world, self.reads, carry.calls(self.world)
+        step, num = call[(self.i - self.j) % world], int(call[-1]) + 1
         away = (reads.owner - np.arange(world)[:, None]) % world  # of each atom of queries, from a rank of keys
         queries = np.stack([(reads.queries & (call[away] == n)).any(0) for n in range(num)])
         # By (call, rank); the same numbers for atoms of keys and their reader.
@@ -299,7 +283,7 @@ class World:
         for rows, (inputs, result) in ((forward, _FORWARD), (backward, _BACKWARD)):
             self._hop(rows, self.queries, inputs, 1, self.heads)
             self._returned(rows, result, step + 1)
-        return self._both(forward, backward, self._pair_pieces)
+        return self._both(forward, backward, self.pair_pieces)
 
     def burst(self) -> tuple[Table, Table]:
         forward, backward = _Rows(), _Rows()
@@ -314,11 +298,10 @@ class World:
         src = (owner + hop + 1) % self.world
         dst = (src + 1) % self.world
         backward.move("dq", hop + 2, src, dst, tokens * self.heads, complete=missing == 0)
-        return self._both(forward, backward, self._pair_pieces)
+        return self._both(forward, backward, self.pair_pieces)
 
     def light_seq(self) -> tuple[Table, Table]:
-        away = (self.i - self.j) % self.world
-        helped = away > self.world // 2
+        away, helped = (self.i - self.j) % self.world, self.helped
         step, rank = np.where(helped, self.world - away, away), np.where(helped, self.j, self.i)
         forward, backward = _Rows(), _Rows()
         self._pairs(forward, step, rank, self.heads, self.kv_heads)
@@ -328,7 +311,7 @@ class World:
                 rows.move(kind, step - 1, self.i, self.j, self.queries.tokens.T * helped * self.heads)
             self._returned(rows, result, step + 1, helped)
         self._home(backward, step + 1, ~helped)
-        return self._both(forward, backward, self._pair_pieces)
+        return self._both(forward, backward, self.pair_pieces)
 
     def exchange(self, degree: int, stages: int = 1) -> tuple[Table, Table]:
         """USP, and Ulysses where one group has all ranks, in stages of heads."""
@@ -380,20 +363,21 @@ class World:
 
     def table(self, name: str) -> tuple[Table, Table] | None:
         """Forward and backward tables of a method; None for one that has no closed form."""
-        carry = next(iter(carries(name, self.world)), None)
-        base, number = name.partition(":")[0], number_of(name, self.world)
-        if isinstance(carry, Ring):
-            return self.ring(carry.up)
-        if isinstance(carry, Direct):
-            return self.direct(carry)
-        found: dict[str, Callable[[], tuple[Table, Table] | None]] = {
-            "opposing": self.opposing,
-            "double_ring": lambda: self.double_ring(number),
-            "token_ring": self.token_ring,
-            "burst": self.burst,
-            "light_seq": self.light_seq,
-            "ulysses": lambda: self.exchange(self.world),
-            "staged_ulysses": lambda: self.exchange(self.world, stages=number),
-            "usp": lambda: self.exchange(number),
-        }
-        return found[base]() if base in found else None
+        (carry,) = carries(name, self.world)
+        match carry:
+            case Ring(up):
+                return self.ring(up)
+            case Opposing():
+                return self.opposing()
+            case Windows(inner):
+                return self.double_ring(inner)
+            case Direct():
+                return self.direct(carry)
+            case Exchange(degree, stages):
+                return self.exchange(degree, stages)
+            case TokenRing():
+                return self.token_ring()
+            case Burst():
+                return self.burst()
+            case LightSeq():
+                return self.light_seq()

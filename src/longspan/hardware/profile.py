@@ -131,9 +131,14 @@ class DeviceProfile:
         pairs = kernel_pairs(table, self.tile_rows, self.tile_keys)
         work = heads * (pairs + kernel.row_keys * table[:, 0] + kernel.key_rows * table[:, 1])
         tiles = heads * np.ceil((table[:, 1] / self.tile_keys) if backward else (table[:, 0] / self.tile_rows))
-        rate = kernel.efficiency * self.peak(dtype) / (FLOP_PER_PAIR_DIM[backward] * head_dim)
+        rate = self.pairs_per_s(head_dim=head_dim, dtype=dtype, backward=backward)
         full = utilisation(np.bincount(group, tiles, num), self.num_slots)
         return kernel.call_s + np.bincount(group, work, num) / rate / full
+
+    def pairs_per_s(self, *, head_dim: int, dtype: str, backward: bool) -> float:
+        """Pairs of one head that a kernel computes a second where its waves are full."""
+        kernel = self.backward if backward else self.forward
+        return kernel.efficiency * self.peak(dtype) / (FLOP_PER_PAIR_DIM[backward] * head_dim)
 
     def slowed(self, share: float) -> DeviceProfile:
         """This device with a share of its time: everything takes 1 / ``share`` as long."""

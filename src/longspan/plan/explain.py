@@ -11,7 +11,7 @@ from typing import Any
 
 from longspan.attention.masks import Mask
 from longspan.context.balance import bytes_fraction, imbalance
-from longspan.context.choose import Candidate, Choice, Where, choose_layout, layout_options
+from longspan.context.choose import Candidate, Choice, Where, choose_layout, layout_options, price_all
 from longspan.context.geometry import Geometry
 from longspan.context.methods import METHODS, builder, reason_against
 from longspan.context.passes import prune_schedule
@@ -69,7 +69,7 @@ class MethodRow:
     """A method on the chosen layout, forward and backward together where not said.
 
     Attributes:
-        estimated_s: as the choice saw it; None for what it did not price.
+        estimated_s: as the choice sees it; None for what has no quick estimate.
         forward_s, backward_s: simulated, as all below; None where it was not.
         busiest_s: the longest that a rank computes, merges or copies.
         exposed_s: the longest that a rank waits with nothing to compute.
@@ -150,6 +150,7 @@ def explain(
     ]
     options.sort(key=lambda pair: pair[1].chosen.both_s)
     layout, choice = options[0]
+    choice = Choice(choice.chosen, price_all(mask, layout, num_heads, num_kv_heads, where))
     bench = _Bench(mask, layout, num_heads, num_kv_heads, where)
     rows = {name: bench.row(name, choice) for name in _to_simulate(choice, bench)} if simulated else {}
     priced = dict.fromkeys((choice.chosen, *choice.candidates))
@@ -201,16 +202,17 @@ class _Bench:
         return self.world <= DIRECT_RANKS or not any(part.partition(":")[0] in _DIRECT for part in name.split("+"))
 
     def twin(self, name: str) -> str:
-        """The earlier method that is the same schedule on a given layout, or ""."""
-        return {"zigzag": "ring", "striped": "ring", "distributed_mha": "usp"}.get(name, "")
+        """Why a method is the same schedule as an earlier one, or ""."""
+        if name == "staged_ulysses" and self.heads[0] <= self.world:
+            return "is ulysses where no rank has two heads"
+        earlier = {"zigzag": "ring", "striped": "ring", "distributed_mha": "usp"}.get(name)
+        return f"is {earlier} once the layout is given" if earlier else ""
 
     def reason(self, name: str) -> str:
         """Why a method is not in the table."""
         if against := reason_against(name, self.mask, self.layout):
             return f"cannot compute this mask: {against}"
-        if twin := self.twin(name):
-            return f"is {twin} once the layout is given"
-        return f"by a lower bound of its time not the best, or without a quick estimate on {self.world} ranks"
+        return self.twin(name) or f"has no quick estimate on {self.world} ranks"
 
     def phases(self, name: str) -> tuple[Simulation, Simulation]:
         return self._simulate(name)[:2]
