@@ -65,6 +65,8 @@ def row(config: AttentionBenchConfig, method: str, run: str = "now", **changes) 
         ({"repetitions": 0}, r"must be positive"),
         ({"timeout_s": 0.0}, r"must be positive"),
         ({"kv_heads": ()}, r"name at least one"),
+        ({"kv_heads": (0,)}, r"KV heads and head dim must be positive"),
+        ({"head_dim": 0}, r"KV heads and head dim must be positive"),
         ({"heads": 3, "kv_heads": (2,)}, r"a multiple of KV heads, got 3 and 2"),
         ({"ranks": 1, "network": "mesh"}, r"two ranks, got 1"),
         ({"length": (3,), "ranks": 4}, r"3 tokens for 4 ranks"),

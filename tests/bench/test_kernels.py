@@ -47,6 +47,8 @@ def rows_of(out: Path) -> list[dict]:
         ({"kernels": ("fa9",)}, "unknown kernel 'fa9'; known: cudnn, "),
         ({"masks": ("diagonal",)}, "unknown mask 'diagonal'; known: full, causal"),
         ({"length": (0,)}, "must be positive"),
+        ({"kv_heads": 0}, "must be positive"),
+        ({"blocks": (0,)}, "must be positive"),
         ({"threads": -1}, "threads at least 0"),
         ({"length": ()}, "name at least one"),
         ({"masks": (), "ratios": ()}, "name at least one"),

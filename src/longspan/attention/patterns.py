@@ -268,6 +268,12 @@ DOCUMENT_PATTERNS: dict[str, Callable[..., list[int]]] = {
 }
 
 
+def check_pattern(name: str) -> None:
+    """Raises ValueError for what is no pattern."""
+    if name not in PATTERNS:
+        raise ValueError(f"unknown mask {name!r}; known: {', '.join(PATTERNS)}")
+
+
 def make_pattern(name: str, num_tokens: int, *, histogram: str | Path | None = None, seed: int = 0) -> Mask:
     """The mask of a pattern, its documents drawn where it has any: equal wherever it is made.
 
@@ -278,8 +284,7 @@ def make_pattern(name: str, num_tokens: int, *, histogram: str | Path | None = N
     Raises:
         ValueError: an unknown name, or a file that holds no histogram.
     """
-    if name not in PATTERNS:
-        raise ValueError(f"unknown mask {name!r}; known: {', '.join(PATTERNS)}")
+    check_pattern(name)
     if name not in DOCUMENT_PATTERNS:
         return PATTERNS[name](num_tokens)
     low, high = max(1, num_tokens // 32), max(2, num_tokens // 4)

@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any, Literal
 
-from longspan.attention.patterns import PATTERNS
+from longspan.attention.patterns import check_pattern
 from longspan.bench.attention_cell import PUBLISHED, Cell, Job, Problem, solve
 from longspan.bench.network import Host, Network, lab
 from longspan.bench.record import append_row, head, key, now, plain, quartiles, read_rows, versions
@@ -95,22 +95,19 @@ class AttentionBenchConfig:
             if name != "auto":
                 builder(name.removesuffix(PUBLISHED), self.ranks)  # refuses unknown names and degrees
         for name in self.masks:
-            if name not in PATTERNS:
-                raise ValueError(f"unknown mask {name!r}; known: {', '.join(PATTERNS)}")
+            check_pattern(name)
         if not (self.masks and self.length and self.kv_heads):
             raise ValueError("masks, length and kv_heads must have a value each, got none; name at least one")
-        counts = (self.ranks, *self.length, self.heads, *self.kv_heads, self.head_dim, self.repetitions, self.threads)
-        if min(counts) < 1 or not self.timeout_s > 0:
-            raise ValueError(f"sizes, repetitions, threads and timeout_s must be positive, got {counts}")
+        counts = (self.ranks, self.repetitions, self.threads, self.timeout_s)
+        if not min(counts) > 0:
+            raise ValueError(f"ranks, repetitions, threads and timeout_s must be positive, got {counts}; give numbers")
         if not 0 <= self.cpu <= (os.cpu_count() or 1):
             raise ValueError(f"cpu is a number of cores of this machine, or 0 for no limit, got {self.cpu}; pass 0.4")
         if self.network != "none" and self.ranks < 2:
             raise ValueError(f"a network needs two ranks, got {self.ranks}; pass --ranks 4 or --network none")
         if min(self.length) < self.ranks:
             raise ValueError(f"every rank needs a token, got {min(self.length)} tokens for {self.ranks} ranks")
-        for kv_heads in self.kv_heads:
-            if self.heads % kv_heads:
-                raise ValueError(f"query heads must be a multiple of KV heads, got {self.heads} and {kv_heads}")
+        list(self.problems())  # which refuse sizes that no problem has
 
     def problems(self) -> Iterator[list[Cell]]:
         """The cells of each problem, the baseline first."""

@@ -56,6 +56,9 @@ class Problem:
         length: tokens of the global sequence.
         histogram: document lengths, as ``sample_lengths`` takes them; None: uniform from 1/32 to 1/4 of the length.
         seed: of the documents.
+
+    Raises:
+        ValueError: a size is below 1, or the query heads are no multiple of the KV heads.
     """
 
     mask: str
@@ -66,6 +69,13 @@ class Problem:
     dtype: str
     histogram: str | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = self.length, self.heads, self.kv_heads, self.head_dim
+        if min(sizes) < 1:
+            raise ValueError(f"length, heads, KV heads and head dim must be positive, got {sizes}; give at least 1")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"query heads must be a multiple of KV heads, got {self.heads} and {self.kv_heads}")
 
     def make_mask(self) -> Mask:
         """The mask; equal on every rank."""

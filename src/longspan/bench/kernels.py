@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from longspan.attention.patterns import PATTERNS
+from longspan.attention.patterns import check_pattern
 from longspan.bench.attention_cell import DTYPES, Problem
 from longspan.bench.calibrate import calibrate
 from longspan.bench.contenders import CONTENDERS
@@ -81,22 +81,22 @@ class KernelBenchConfig:
     profile: Path | None = None
 
     def __post_init__(self) -> None:
-        for kind, names, known in (("kernel", self.kernels, CONTENDERS), ("mask", self.masks, PATTERNS)):
-            for name in names:
-                if name not in known:
-                    raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
-        counts = (*self.length, *self.blocks, self.heads, self.kv_heads, self.head_dim, self.repetitions)
-        if min(*counts, self.gate_length) < 1 or self.threads < 0:
+        for name in self.kernels:
+            if name not in CONTENDERS:
+                raise ValueError(f"unknown kernel {name!r}; known: {', '.join(CONTENDERS)}")
+        for name in self.masks:
+            check_pattern(name)
+        counts = (*self.blocks, self.repetitions, self.gate_length)
+        if min(counts) < 1 or self.threads < 0:
             raise ValueError(
-                f"lengths, blocks, heads, repetitions and gate_length must be positive and threads at least 0, got "
-                f"{(*counts, self.gate_length, self.threads)}"
+                f"blocks, repetitions and gate_length must be positive and threads at least 0, got "
+                f"{(*counts, self.threads)}; give such numbers"
             )
         if not self.length or not (self.masks or (self.blocks and self.ratios)):
             raise ValueError("length, and masks or blocks with ratios, must have a value, got none; name at least one")
         if not all(0 < ratio <= 1 for ratio in self.ratios):
             raise ValueError(f"ratios are shares of blocks in (0, 1], got {self.ratios}")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"query heads must be a multiple of KV heads, got {self.heads} and {self.kv_heads}")
+        list(self.cells("", "fp32", 0))  # which refuse sizes that no problem has
         if self.profile is not None and not self.save_profile:
             raise ValueError(f"--profile says where --save-profile writes, got {self.profile} without it; add it")
         if self.profile is not None and self.profile.suffix != ".json":

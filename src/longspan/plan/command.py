@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from longspan.attention.masks import Mask
-from longspan.attention.patterns import PATTERNS, make_pattern
+from longspan.attention.patterns import check_pattern, make_pattern
 from longspan.context.build import WHOLE_RANKS
 from longspan.context.choose import Where
 from longspan.context.schedule import Sizes
@@ -80,8 +80,7 @@ class PlanConfig:
                 f"auto estimates times on up to {WHOLE_RANKS} ranks and takes a default of the layout on more, got "
                 f"{self.ranks}; plan fewer"
             )
-        if self.mask not in PATTERNS:
-            raise ValueError(f"unknown mask {self.mask!r}; known: {', '.join(PATTERNS)}")
+        check_pattern(self.mask)
         if self.topology not in (*TOPOLOGIES, *_LAB):
             known = ", ".join((*TOPOLOGIES, *_LAB))
             raise ValueError(f"unknown topology {self.topology!r}; known: {known}")
