@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longspan.attention.kernels.contract import row_sums
 from longspan.attention.merge import accumulator
-from longspan.context.engine import Record, Settings, Worker
+from longspan.context.engine import Arrival, Record, Settings, Worker
 from longspan.context.geometry import Geometry
 from longspan.context.lower import lower_all
 from longspan.context.program import Program
@@ -41,11 +41,15 @@ class Played:
     arrivals: list[list[Tensor]]  # in the order of the program's receives
 
 
+def _no_wait() -> None:
+    """What came by a copy is there."""
+
+
 def exchange_in_lockstep(
     programs: list[Program], workers: list[Worker], seen: list[list[Tensor]] | None = None
 ) -> None:
     """Run all ranks' programs of one phase step by step; copies of each rank's arrivals are added to ``seen``."""
-    waiting: list[list[tuple]] = [[] for _ in workers]
+    waiting: list[list[Arrival | None]] = [[] for _ in workers]
     queues: dict[tuple[int, int, int], deque[Tensor]] = defaultdict(deque)
     num_steps = max((len(program.steps) for program in programs), default=0)
     for number in range(num_steps):
@@ -56,18 +60,10 @@ def exchange_in_lockstep(
             step = program.steps[number]
             for receive in step.receives:
                 flat = worker.incoming(receive).copy_(queues[receive.peer, program.rank, receive.lane].popleft())
-                arrivals.append((receive, flat))
+                arrivals.append(Arrival(receive, flat, _no_wait))
                 if seen is not None:
                     seen[program.rank].append(flat.clone())
-            for fill in step.fills:
-                worker.fill(fill)
-            for compute in step.computes:
-                worker.compute(compute)
-            for landing in step.landings:
-                receive, flat = arrivals[landing.receive]
-                worker.arrive(receive, flat, landing.write)
-                arrivals[landing.receive] = ()
-            worker.free(step.frees)
+            worker.advance(step, arrivals)
     assert not any(queues.values()), "messages left over"
 
 

@@ -1,4 +1,4 @@
-"""The worker that executes one rank's lowered program; ``emulate`` and ``run`` differ only in how bytes travel.
+"""The worker that executes one rank's lowered program; ``run``, ``emulate`` and ``withhold`` differ in how bytes come.
 
 A record is the tuple of tensors of one kind of data on some tokens and heads: q (b, n, h, d); kv two of these; do the
 output gradient with lse and delta (b, h, n); o the output with its lse; dq; dkv. Messages are one flat uint8 tensor
@@ -9,7 +9,7 @@ accumulated, and travel, in the accumulation dtype.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from longspan.attention.kernels import Kernel
 from longspan.attention.merge import accumulator, merge_
 from longspan.context.arena import Places, Span, place
 from longspan.context.geometry import count
-from longspan.context.program import Compute, Fill, Part, Program, Receive, Region, Send, Write
+from longspan.context.program import Compute, Fill, Part, Program, Receive, Region, Send, Step, Write
 from longspan.context.schedule import INPUTS, Kind
 
 
@@ -51,6 +51,14 @@ class _Form(NamedTuple):
     row_bytes: int
     stats: tuple[tuple[int, int], ...]  # first and last byte of each
     num_bytes: int
+
+
+class Arrival(NamedTuple):
+    """A message under way: its receive, where its bytes go (flat, uint8), and what waits until they are there."""
+
+    receive: Receive
+    flat: Tensor
+    wait: Callable[[], object]
 
 
 _ALIGN = 16
@@ -327,6 +335,22 @@ class Worker:
         """Take in a message whose bytes are complete; those of inputs lie where they are read."""
         if write is not None:
             self.write(write, self._views(flat, self._received_form(receive)))
+
+    def advance(self, step: Step, arrivals: list[Arrival | None]) -> None:
+        """The rest of a step once its messages are posted: compute, and take in what lands, in the program's order.
+
+        ``arrivals`` are those of the program's receives so far; what has landed is let go.
+        """
+        for fill in step.fills:
+            self.fill(fill)
+        for compute in step.computes:
+            self.compute(compute)
+        for landing in step.landings:
+            arrival, arrivals[landing.receive] = arrivals[landing.receive], None
+            assert arrival is not None, "a message lands once"
+            arrival.wait()
+            self.arrive(arrival.receive, arrival.flat, landing.write)
+        self.free(step.frees)
 
     def free(self, buffers: list[int]) -> None:
         for buffer in buffers:

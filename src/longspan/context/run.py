@@ -21,7 +21,7 @@ from longspan.attention.kernels import pick
 from longspan.attention.kernels.contract import row_sums
 from longspan.attention.merge import accumulator
 from longspan.context.build import Built
-from longspan.context.engine import Record, Settings, Worker
+from longspan.context.engine import Arrival, Record, Settings, Worker
 from longspan.context.exchange import Exchange
 from longspan.context.program import Program
 
@@ -96,26 +96,17 @@ def _execute(
 ) -> Worker:
     worker = Worker(program, inputs, settings, saved)
     exchange = None if at.group is None else Exchange(at.group, inputs[0][0].device)
-    arrivals = []
+    arrivals: list[Arrival | None] = []
     for step in program.steps:
         if exchange is not None:
             outgoing = [(send.peer, send.lane, worker.outgoing(send)) for send in step.sends]
             incoming = [(receive.peer, receive.lane, worker.incoming(receive)) for receive in step.receives]
             waits = exchange.post(outgoing, incoming)
-            arrivals.extend(
-                (receive, flat, wait)
+            arrivals += [
+                Arrival(receive, flat, wait)
                 for receive, (_, _, flat), wait in zip(step.receives, incoming, waits, strict=True)
-            )
-        for fill in step.fills:
-            worker.fill(fill)
-        for compute in step.computes:
-            worker.compute(compute)
-        for landing in step.landings:
-            receive, flat, wait = arrivals[landing.receive]
-            arrivals[landing.receive] = None
-            wait()
-            worker.arrive(receive, flat, landing.write)
-        worker.free(step.frees)
+            ]
+        worker.advance(step, arrivals)
     if exchange is not None:
         exchange.finish()
     return worker

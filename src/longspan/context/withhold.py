@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from longspan.context.emulate import Emulation, Played, emulate
-from longspan.context.engine import Record, Settings, Worker
+from longspan.context.engine import Arrival, Record, Settings, Worker
 from longspan.context.geometry import Geometry
-from longspan.context.program import Program, Receive
+from longspan.context.program import Program
 from longspan.context.schedule import Schedule
 
 _PROBE_BYTES = 64 << 20
@@ -133,30 +133,24 @@ def _run(
 ) -> Worker:
     """One rank alone: as ``run``, with a wire in place of the others."""
     worker = Worker(program, inputs, settings, saved)
-    stream = torch.cuda.current_stream()
     batches = iter(_batches(program))
-    places: list[Tensor] = []
-    arrivals: dict[int, tuple[Receive, Tensor, torch.cuda.Event]] = {}
+    arrivals: list[Arrival | None] = []
     for step in program.steps:
         for send in step.sends:
             worker.outgoing(send)
         if step.receives:
-            wire.stream.wait_stream(stream)
-        places += [worker.incoming(receive) for receive in step.receives]
-        posted = len(places) - len(step.receives)
-        while len(arrivals) < len(places):
+            wire.stream.wait_stream(torch.cuda.current_stream())
+        posted, places = len(arrivals), [worker.incoming(receive) for receive in step.receives]
+        ready: dict[int, torch.cuda.Event] = {}
+        while len(ready) < len(places):
             batch = next(batches)
-            ready = wire.deliver([recorded[index] for index in batch], [places[index] for index in batch])
-            arrivals |= {index: (step.receives[index - posted], places[index], ready) for index in batch}
-        for fill in step.fills:
-            worker.fill(fill)
-        for compute in step.computes:
-            worker.compute(compute)
-        for landing in step.landings:
-            receive, place, ready = arrivals[landing.receive]
-            ready.wait(stream)
-            worker.arrive(receive, place, landing.write)
-        worker.free(step.frees)
+            come = wire.deliver([recorded[index] for index in batch], [places[index - posted] for index in batch])
+            ready |= dict.fromkeys(batch, come)
+        arrivals += [
+            Arrival(receive, place, ready[posted + index].wait)
+            for index, (receive, place) in enumerate(zip(step.receives, places, strict=True))
+        ]
+        worker.advance(step, arrivals)
     return worker
 
 
