@@ -96,8 +96,10 @@ def test_no_damage_that_changes_a_result_is_let_through(case, nan_in_fresh_memor
                 num_refused += 1
             else:
                 assert right.is_right(schedule), f"{name}: let through {schedule}"
-        # Copying an input twice is no fault, so most second copies are let through; any other damage mostly is one.
-        assert num_refused >= num * (0 if name == "duplicate_move" else 0.5), f"{name}: {num_refused} of {num} refused"
+        # Copying an input twice is no fault, so most second copies are let through, nor is sending a sum home later;
+        # any other damage mostly is one.
+        least = {"duplicate_move": 0, "shift_move": 0.4}.get(name, 0.5)
+        assert num_refused >= num * least, f"{name}: {num_refused} of {num} refused"
 
 
 @pytest.mark.slow

@@ -25,7 +25,19 @@ from longspan.context.geometry import Geometry
 from longspan.context.local_exchange import exchange_part
 from longspan.context.passes import again
 from longspan.context.reads import Reads, halves_of, last_hop, reads_of
-from longspan.context.schedule import KV_KINDS, Block, Kind, Move, Phase, Piece, Range, Schedule, head_ranges, ordered
+from longspan.context.schedule import (
+    KV_KINDS,
+    Block,
+    Kind,
+    Move,
+    Phase,
+    Piece,
+    Range,
+    Schedule,
+    head_ranges,
+    homewards,
+    ordered,
+)
 
 
 def local_schedule(
@@ -153,13 +165,16 @@ class _Part:
         q = self._marked(q_owner, np.logical_or.reduce(reads.queries[k_owners, own], axis=0))
         return [Block(step, self.rank, reads.ranges(q), reads.ranges(np.sort(k)), self.heads)]
 
+    def _heads(self, kind: Kind) -> Range:
+        return self.kv_heads if kind in KV_KINDS else self.heads
+
     def _move(
         self, step: int, src: int, dst: int, kind: Kind, atoms: np.ndarray, *, complete: bool = False
     ) -> list[Move]:
         """A move of some atoms, none where there are none."""
         if not len(atoms):
             return []
-        piece = Piece(kind, self.reads.ranges(atoms), self.kv_heads if kind in KV_KINDS else self.heads)
+        piece = Piece(kind, self.reads.ranges(atoms), self._heads(kind))
         return [Move(step, src, dst, piece, complete=complete)]
 
     def _home(self, step: int, worker: int, owner: int, kind: Kind) -> list[Move]:
@@ -167,7 +182,10 @@ class _Part:
         marks = self.reads.keys if kind == "dkv" else self.reads.queries
         atoms = self._marked(owner, marks[worker, self._atoms(owner)])
         complete = bool((np.count_nonzero(marks[:, atoms], axis=0) == 1).all())
-        return self._move(step, worker, owner, kind, atoms, complete=complete)
+        if not len(atoms):
+            return []
+        piece = Piece(kind, self.reads.ranges(atoms), self._heads(kind))
+        return [homewards(step, worker, owner, piece, complete=complete)]
 
     # Rings
 

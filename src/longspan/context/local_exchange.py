@@ -15,7 +15,7 @@ import numpy as np
 from longspan.context.carry import Exchange
 from longspan.context.geometry import Geometry
 from longspan.context.reads import Reads, last_hop, reads_of
-from longspan.context.schedule import Block, Kind, Move, Piece, Range
+from longspan.context.schedule import Block, Kind, Move, Piece, Range, homewards
 from longspan.context.shares import Share, head_shares
 
 
@@ -84,7 +84,7 @@ class _Exchange:
                 if len(queries):
                     yield Move(stage, owner, worker, self._piece("q", queries, heads), kept=self.keeps)
                     output = self._piece("o", queries, heads)
-                    yield Move(stage + self.num_groups + 1, worker, owner, output, complete=True)
+                    yield homewards(stage + self.num_groups + 1, worker, owner, output, complete=True)
                 if len(keys) and fetched[0] < fetched[1]:
                     yield Move(stage, owner, worker, self._piece("kv", keys, fetched), kept=self.keeps)
 
@@ -120,4 +120,4 @@ class _Exchange:
                         step = share.stage + (group - owner // self.degree) % self.num_groups + 2
                         complete = share.complete and bool((readers[some] == 1).all())
                         piece = self._piece("dkv", some, share.kv_heads)
-                        yield Move(step, reader, owner, piece, complete=complete)
+                        yield homewards(step, reader, owner, piece, complete=complete)

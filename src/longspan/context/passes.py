@@ -28,6 +28,7 @@ from longspan.context.schedule import (
     Phase,
     Piece,
     Schedule,
+    homewards,
     kv_heads_of,
     ordered,
 )
@@ -104,7 +105,7 @@ def _home(forward: Phase, layout: Layout, group_size: int) -> Iterator[Move]:
                 step, seen = last.get((block.rank, owner, kv_heads), (-1, []))
                 last[block.rank, owner, kv_heads] = max(step, block.step), [*seen, part]
     for (rank, owner, heads), (step, tokens) in last.items():
-        yield Move(step + 1, rank, owner, Piece("dkv", normalise(tokens), heads))
+        yield homewards(step + 1, rank, owner, Piece("dkv", normalise(tokens), heads))
 
 
 def _follow(forward: Phase, layout: Layout, group_size: int) -> Iterator[Move]:

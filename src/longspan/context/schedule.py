@@ -70,6 +70,11 @@ class Move:
             raise ValueError(f"only q and kv can be kept for the backward phase, got {self.piece.kind}")
 
 
+def homewards(step: int, src: int, dst: int, piece: Piece, *, complete: bool = False) -> Move:
+    """Sums sent to the owner of their tokens: nobody waits for them, so they may be under way for one more step."""
+    return Move(step, src, dst, piece, lands=step + 1, complete=complete)
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """``rank`` computes all allowed pairs of queries ``q`` and keys ``k`` (slots) for query ``heads``: one call."""

@@ -201,12 +201,12 @@ class World:
     def _home(self, rows: _Rows, step: np.ndarray, some: np.ndarray | bool = True) -> None:
         """dkv of some pairs straight to the owner."""
         tokens = self.keys.tokens * (self.i != self.j) * some * self.kv_heads
-        rows.move("dkv", step, self.i, self.j, tokens, complete=self.keys.alone)
+        rows.move("dkv", step, self.i, self.j, tokens, lands=step + 1, complete=self.keys.alone)
 
     def _returned(self, rows: _Rows, kind: Kind, step: np.ndarray, some: np.ndarray | bool = True) -> None:
         """Sums of some pairs' queries from the keys' rank straight to their owner."""
         tokens = self.queries.tokens.T * (self.i != self.j) * some * self.heads
-        rows.move(kind, step, self.j, self.i, tokens, complete=self.queries.alone.T)
+        rows.move(kind, step, self.j, self.i, tokens, lands=step + 1, complete=self.queries.alone.T)
 
     # Methods
 
@@ -354,11 +354,12 @@ class World:
                 rows.move("kv", stage, owner, rank, k_tokens * sent * others)
             src, dst = ((source + step + more) % groups * degree + wide[1] for more in (0, 1))
             rows.move("kv", step + 1, src, dst, passed * wide[3])
-            rows.move(result, stage + groups + 1, rank, owner, q_tokens * heads * others, complete=True)
+            at = stage + groups + 1
+            rows.move(result, at, rank, owner, q_tokens * heads * others, lands=at + 1, complete=True)
         reader = np.arange(groups)[:, None] * degree + place[:, None]  # (entries, group, 1)
         at = (np.arange(groups)[:, None] - owner // degree) % groups + 2 + stage[:, None]
         tokens = read * (kv_heads * returns)[:, None] * (reader != owner)
-        backward.move("dkv", at, reader, owner, tokens, complete=readers & (whole[:, None] > 0))
+        backward.move("dkv", at, reader, owner, tokens, lands=at + 1, complete=readers & (whole[:, None] > 0))
         return self._both(forward, backward, pieces, keeps=bool(self.keys.tokens.any()))
 
     def table(self, name: str) -> tuple[Table, Table] | None:

@@ -19,7 +19,7 @@ from itertools import pairwise
 
 from longspan.attention.masks import Mask
 from longspan.context.passes import derived
-from longspan.context.schedule import Block, Move, Phase, Piece, Schedule, ordered
+from longspan.context.schedule import Block, Move, Phase, Piece, Schedule, homewards, ordered
 from longspan.layout.tokens import Layout
 
 
@@ -54,6 +54,6 @@ def light_seq(layout: Layout, num_heads: int, num_kv_heads: int) -> Schedule:
                 q = layout.owned(helped)
                 moves.append(Move(step - 1, helped, rank, Piece("q", (q,), heads)))
                 blocks.append(Block(step, rank, (q,), (own,), heads))
-                moves.append(Move(step + 1, rank, helped, Piece("o", (q,), heads)))
+                moves.append(homewards(step + 1, rank, helped, Piece("o", (q,), heads)))
     forward = Phase(ordered(moves, world), tuple(blocks))
     return derived("light_seq", layout, num_heads, num_kv_heads, forward)

@@ -16,7 +16,7 @@ dedicated links.
 from __future__ import annotations
 
 from longspan.context.passes import derived
-from longspan.context.schedule import Block, Move, Phase, Piece, Schedule, ordered
+from longspan.context.schedule import Block, Move, Phase, Piece, Schedule, homewards, ordered
 from longspan.layout.tokens import Layout
 
 
@@ -32,6 +32,6 @@ def token_ring(layout: Layout, num_heads: int, num_kv_heads: int) -> Schedule:
             if step < world - 1:
                 moves.append(Move(step, rank, (rank + 1) % world, Piece("q", (q,), heads)))
             if step > 0:
-                moves.append(Move(step + 1, rank, source, Piece("o", (q,), heads)))
+                moves.append(homewards(step + 1, rank, source, Piece("o", (q,), heads)))
     forward = Phase(ordered(moves, world), tuple(blocks))
     return derived("token_ring", layout, num_heads, num_kv_heads, forward)

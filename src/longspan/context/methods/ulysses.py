@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from longspan.context.geometry import Ranges, normalise
 from longspan.context.passes import derived
-from longspan.context.schedule import Block, Move, Phase, Piece, Schedule, ordered
+from longspan.context.schedule import Block, Move, Phase, Piece, Schedule, homewards, ordered
 from longspan.context.shares import head_shares
 from longspan.layout.tokens import Layout
 
@@ -64,7 +64,7 @@ def _exchange(name: str, layout: Layout, num_heads: int, num_kv_heads: int, degr
                     moves.append(Move(stage, other, rank, Piece("q", own, heads), kept=True))
                     if fetched[0] < fetched[1]:
                         moves.append(Move(stage, other, rank, Piece("kv", own, fetched), kept=True))
-                    moves.append(Move(stage + num_groups + 1, rank, other, Piece("o", own, heads)))
+                    moves.append(homewards(stage + num_groups + 1, rank, other, Piece("o", own, heads)))
             for step in range(num_groups):
                 keys = tokens((group - step) % num_groups)
                 blocks.append(Block(stage + step + 1, rank, tokens(group), keys, heads))
