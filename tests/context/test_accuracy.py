@@ -38,6 +38,7 @@ METHODS = {
     "ulysses": "contiguous",
     "usp": "zigzag",
     "mask_aware": "zigzag",
+    "kept_keys": "zigzag",
 }  # and the layout
 RANKS_GROWTH = 2**0.5
 NAMES = ("out", "dq", "dk", "dv")

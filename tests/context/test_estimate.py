@@ -28,6 +28,7 @@ METHODS = (
     "opposing",
     "all_gather",
     "mask_aware",
+    "kept_keys",
     "ulysses",
     "usp",
     "double_ring",

@@ -34,6 +34,7 @@ METHODS = (
     "double_ring",
     "all_gather",
     "mask_aware",
+    "kept_keys",
     "ulysses",
     "staged_ulysses",
     "usp",

@@ -182,6 +182,20 @@ def test_all_gather_and_mask_aware(world: int) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_kept_keys_are_sent_once(world: int) -> None:
+    unit = Unit()
+    forward, backward = _sent(_schedule("kept_keys", world), unit)
+    assert forward == [(world - 1) * unit.kv] * world
+    assert backward == [(world - 1) * unit.dkv] * world
+
+
+@pytest.mark.parametrize("name", ["kept_keys+ring", "ring+kept_keys:2"])
+def test_kept_keys_go_with_no_other_method(name: str) -> None:
+    with pytest.raises(ValueError, match="goes with no other method"):
+        builder(name, 4)
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_opposing_rings_send_a_rings_bytes_half_each_way(world: int) -> None:
     unit = Unit()
     schedule = _schedule("opposing", world)

@@ -93,6 +93,7 @@ def test_results_are_bit_identical_whatever_comes_first(world: int) -> None:
         for mask, method, layout in (
             ("causal", "zigzag", "zigzag"),
             ("documents", "mask_aware:2", "contiguous"),
+            ("documents", "kept_keys:2", "zigzag"),
             ("full", "token_ring", "contiguous"),
             ("causal", "opposing", "zigzag"),
             ("prefix", "ulysses", "contiguous"),

@@ -34,7 +34,9 @@ class InstantWire:
         return SimpleNamespace(wait=land)
 
 
-@pytest.mark.parametrize("method", ["zigzag", "token_ring", "mask_aware:2", "ulysses", "light_seq", "burst"])
+@pytest.mark.parametrize(
+    "method", ["zigzag", "token_ring", "mask_aware:2", "kept_keys", "ulysses", "light_seq", "burst"]
+)
 def test_a_rank_alone_computes_what_it_computes_among_others(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     world, mask = 4, masks.documents([31, 3, 40])

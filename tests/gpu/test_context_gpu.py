@@ -107,7 +107,7 @@ def test_sharding_over_ranks_that_share_a_gpu_is_refused(tmp_path: Path) -> None
     assert "cannot shard CUDA tensors" in done.stderr
 
 
-@pytest.mark.parametrize("method", ["zigzag", "token_ring", "mask_aware", "usp"])
+@pytest.mark.parametrize("method", ["zigzag", "token_ring", "mask_aware", "kept_keys", "usp"])
 def test_errors_do_not_grow_with_the_ranks(method: str) -> None:
     """2 to 64 emulated ranks in bf16 against float64: at most twice the single kernel's error, and flat."""
     s, h, g, d = 4160, 4, 2, 64

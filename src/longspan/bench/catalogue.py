@@ -60,8 +60,8 @@ _SCHEDULE = "run: gloo on CPU, and on one H200 (staged), NCCL on four H200; emul
 _CPU = "CPU: against float64, forward and gradients"
 _CUDA = "one H200: 16-bit against float64, forward and gradients"
 _NEWER = (
-    "striped", "descending", "opposing", "double_ring", "all_gather", "mask_aware", "ulysses", "staged_ulysses", "usp",
-    "distributed_mha",     "token_ring", "light_seq", "burst",
+    "striped", "descending", "opposing", "double_ring", "all_gather", "mask_aware", "kept_keys", "ulysses",
+    "staged_ulysses", "usp", "distributed_mha", "token_ring", "light_seq", "burst",
 )  # fmt: skip
 # What each row was shown on. A section's own entry ("pattern") holds for all its rows that have none.
 VERIFIED: dict[str, str] = {

@@ -151,11 +151,15 @@ class Bounds:
         foreign = world.keys.tokens * (world.i != world.j) * 2 * world.kv_heads
         of_sums = np.where(world.keys.alone, sizes.inputs, sizes.sums) * sizes.batch * sizes.head_dim
         come = np.cumsum(self._loads_s(len(here), call.T, foreign.T * self.row_bytes), axis=0)
-        gone = np.cumsum(self._loads_s(len(here), call, foreign * of_sums)[::-1], axis=0)[::-1]
+        loads = self._loads_s(len(here), call, foreign * of_sums)
+        gone = np.cumsum(loads[::-1], axis=0)[::-1]
         sends, receives = users(self.topology)
         least = []
         for phase in (False, True):
             seconds = self._work_s(areas, tokens > 0, world.heads, backward=phase)
+            if phase and carry.keep:
+                least.append(_turned_s(seconds, loads, sends))
+                continue
             done = np.cumsum(seconds, axis=0)
             left = done[-1] - done + seconds
             bounds = [done[-1].max()]
@@ -165,6 +169,12 @@ class Bounds:
                     bounds.append((gone[number] + _least(done[number], sends)).max())
             least.append(float(max(bounds)))
         return least[0], least[1]
+
+
+def _turned_s(seconds: np.ndarray, loads: np.ndarray, sends: np.ndarray) -> float:
+    """Calls in the opposite order, whose gradients go home meanwhile; ``seconds`` (calls, rank), ``loads`` of wires."""
+    done, sent = np.cumsum(seconds[::-1], axis=0)[::-1], np.cumsum(loads, axis=0)
+    return float(max([done[0].max(), *((sent[n] + _least(done[n], sends)).max() for n in range(1, len(done)))]))
 
 
 def _least(seconds: np.ndarray, of_rank: np.ndarray) -> np.ndarray:

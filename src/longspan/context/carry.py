@@ -29,9 +29,13 @@ class Windows:
 
 @dataclass(frozen=True, slots=True)
 class Direct:
-    """Keys go from their owner to each reader, in ``stages`` by distance; 0: in one, own keys joined with it."""
+    """Keys go from their owner to each reader, in ``stages`` by distance; 0: in one, own keys joined with it.
+
+    Readers that ``keep`` them begin the backward phase with the last stage, and end it with their own keys.
+    """
 
     stages: int
+    keep: bool = False
 
     def sizes(self, world: int) -> list[int]:
         """From how many ranks the keys of each stage come.

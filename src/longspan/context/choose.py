@@ -19,6 +19,7 @@ from functools import cache, lru_cache
 from operator import attrgetter
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -27,7 +28,7 @@ from longspan.context.balance import balanced, bytes_fraction, imbalance
 from longspan.context.bounds import Both, Bounds
 from longspan.context.estimate import Known, Table, estimate_all, least_s, tabulate
 from longspan.context.geometry import Geometry
-from longspan.context.methods import builder, layout_name, reason_against
+from longspan.context.methods import builder, layout_name, method, reason_against
 from longspan.context.passes import prune_schedule
 from longspan.context.schedule import Sizes
 from longspan.context.tables import World
@@ -155,8 +156,8 @@ class Choice:
 
 # Of equally fast ones the earlier is chosen: those that join shards in one call come first.
 CANDIDATES = (
-    "all_gather", "mask_aware:2", "mask_aware", "ulysses", "staged_ulysses", "usp", "ring", "descending", "opposing",
-    "double_ring", "token_ring", "light_seq", "burst",
+    "all_gather", "mask_aware:2", "mask_aware", "kept_keys", "ulysses", "staged_ulysses", "usp", "ring", "descending",
+    "opposing", "double_ring", "token_ring", "light_seq", "burst",
 )  # fmt: skip
 _MIXING_MARGIN = 1.03  # two methods must promise this much over one
 _LISTED_RANKS = 16  # up to so many, a method without tables in closed form is priced by its schedule
@@ -226,12 +227,24 @@ class _Search:
     def best(self) -> tuple[Candidate, Candidate, Candidate]:
         """Of what is priced so far: the best for both phases, for the forward and for the backward phase."""
         found = [self.found[name] for name in CANDIDATES if name in self.found]
-        free = (c for c in found if c.method not in self.bound)
+        paired = [c for c in found if method(c.method).paired]
+        free = (c for c in paired if c.method not in self.bound)
         return (
             min(found, key=_both_s, default=_NEVER),
-            min(found, key=_forward_s, default=_NEVER),
+            min(paired, key=_forward_s, default=_NEVER),
             min(free, key=_backward_s, default=_NEVER),
         )
+
+    def able(self) -> list[str]:
+        """The candidates that can compute the mask on the layout and do not keep much."""
+        world, (num_heads, num_kv_heads) = self.world, self.heads
+        able = [name for name in CANDIDATES if reason_against(name, self.geometry.mask, world.layout) is None]
+        if num_heads <= world.world:
+            able.remove("staged_ulysses")  # no rank has two heads: it is Ulysses
+        kept = (world.keys.tokens * (world.i != world.j)).sum(1) * 2 * num_kv_heads
+        if (kept > np.array(world.layout.local_sizes) * 2 * (num_heads + num_kv_heads)).any():
+            able.remove("kept_keys")  # more than q, k, v and out, which every layer keeps anyway
+        return able
 
     def in_order(self) -> tuple[Candidate, ...]:
         """What is priced, best first."""
@@ -289,27 +302,19 @@ class _Search:
             self.found |= {name: Candidate(name, *both_s) for name, *both_s in rows}
 
 
-def _able(mask: Mask, layout: Layout, num_heads: int) -> list[str]:
-    """The candidates that can compute a mask on a layout."""
-    able = [name for name in CANDIDATES if reason_against(name, mask, layout) is None]
-    if num_heads <= layout.world:
-        able.remove("staged_ulysses")  # no rank has two heads: it is Ulysses
-    return able
-
-
 def price_all(mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int, where: Where) -> tuple[Candidate, ...]:
     """The estimates of all candidates on a layout, best first, also of those that bounds would rule out.
 
     Without those that have no tables in closed form where ranks are many.
     """
     search = _Search(mask, layout, num_heads, num_kv_heads, where)
-    search.estimate(search.tables(_able(mask, layout, num_heads)))
+    search.estimate(search.tables(search.able()))
     return search.in_order()
 
 
 def _choose(mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int, where: Where) -> Choice:
     search = _Search(mask, layout, num_heads, num_kv_heads, where)
-    search.price(_able(mask, layout, num_heads))
+    search.price(search.able())
     best, forward, backward = search.best()
     if (forward.forward_s + backward.backward_s) * _MIXING_MARGIN < best.both_s:
         name = forward.method if forward is backward else f"{forward.method}+{backward.method}"

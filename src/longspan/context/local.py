@@ -13,6 +13,7 @@ and block by block; the tests hold it to that. Cost: O(ranks × atoms) in numpy,
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from longspan.context.balance import areas
 from longspan.context.carry import Burst, Carry, Direct, Exchange, LightSeq, Opposing, Ring, TokenRing, Windows
 from longspan.context.geometry import Geometry
 from longspan.context.local_exchange import exchange_part
-from longspan.context.passes import again
+from longspan.context.passes import again, turned
 from longspan.context.reads import Reads, halves_of, last_hop, reads_of
 from longspan.context.schedule import (
     KV_KINDS,
@@ -92,6 +93,10 @@ def _phases(
             backward = Phase(ordered([*gradients, *again(queries)], world), tuple(visits))
             return Phase(ordered(keys, world), tuple(blocks)), backward
         authored = part.authored(carry)
+        if isinstance(carry, Direct) and carry.keep:
+            kept = ordered((replace(move, kept=True) for move in authored.moves), world)
+            visits = turned(authored.blocks, len(carry.sizes(world)))
+            return Phase(kept, tuple(authored.blocks)), Phase(ordered(authored.gradients, world), visits)
     blocks, moves, gradients = authored
     forward = Phase(ordered(moves, world), tuple(blocks))
     return forward, Phase(ordered([*again(forward.moves), *gradients], world), forward.blocks)
@@ -306,16 +311,17 @@ class _Part:
         """Keys from their owners to their readers, in stages."""
         world, rank = self.world, self.rank
         blocks, keys, gradients = [], [], []
+        sizes, first = carry.sizes(world), 1
         if carry.stages:
             blocks += self._block(0, rank, [rank])
-        first = 1
-        for stage, size in enumerate(carry.sizes(world)):
+        for stage, size in enumerate(sizes):
+            home = len(sizes) - stage if carry.keep else stage + 2
             distances = range(first, first + size)
             first += size
             for distance in distances:
                 for owner, reader in (((rank - distance) % world, rank), (rank, (rank + distance) % world)):
                     keys += self._move(stage, owner, reader, "kv", self._keys(owner, reader))
-                    gradients += self._home(stage + 2, reader, owner, "dkv")
+                    gradients += self._home(home, reader, owner, "dkv")
             sources = [(rank - distance) % world for distance in distances]
             blocks += self._block(stage + 1, rank, sources if carry.stages else [*sources, rank])
         return Authored(blocks, keys, gradients)

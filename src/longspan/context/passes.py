@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
@@ -70,6 +70,11 @@ def replay(forward: Phase, layout: Layout, group_size: int, *, dkv: Literal["hom
     """
     carried = (_follow if dkv == "follow" else _home)(forward, layout, group_size)
     return Phase(ordered([*again(forward.moves), *carried], layout.world), forward.blocks)
+
+
+def turned(blocks: Sequence[Block], last: int) -> tuple[Block, ...]:
+    """Blocks of steps 0 to ``last`` in the opposite order."""
+    return tuple(replace(block, step=last - block.step) for block in reversed(blocks))
 
 
 def again(moves: Iterable[Move]) -> Iterator[Move]:

@@ -272,6 +272,11 @@ class World:
         tickets = self.queries.per_owner(queries * self.tickets)
         forward.block(at, rank, *tokens, self.heads, self.kv_heads, tickets, at * world + rank)
         self._sent(forward, step - 1)
+        if carry.keep:
+            backward.block(num - 1 - at, rank, *tokens, self.heads, self.kv_heads, tickets, at * world + rank)
+            self._home(backward, num - step)
+            keeps = bool((self.keys.tokens * (self.i != self.j)).any())
+            return self._both(forward, backward, pieces, keeps=keeps)
         backward.moves += forward.moves
         self._home(backward, step + 1)
         return self._both(forward, backward, pieces)

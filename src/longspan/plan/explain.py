@@ -23,7 +23,7 @@ ALL_RANKS = 16  # up to so many, all methods are simulated
 BEST = 3  # methods that are simulated on more
 # Those that send to all ranks at once are simulated on up to so many: thousands of messages under way take a minute.
 DIRECT_RANKS = 32
-_DIRECT = ("all_gather", "mask_aware")
+_DIRECT = ("all_gather", "mask_aware", "kept_keys")
 MEMORY_RANKS = 32  # up to so many, peak memory is counted, which takes longer than all else
 _BUSY = 0.75  # of the time that the busiest rank computes, from which computation is what bounds
 
@@ -37,6 +37,7 @@ _HOW = {
     "all_gather": "all keys are sent at once and computed on in one call",
     "mask_aware": "keys go straight to the ranks whose mask reads them",
     "ulysses": "heads are exchanged for tokens, so keys and queries travel once and ranks compute equally much",
+    "kept_keys": "keys go straight to the ranks that read them, which keep them for the backward phase",
     "staged_ulysses": "heads are exchanged for tokens in stages, the next under way while one is computed",
     "usp": "heads are exchanged within groups of ranks, keys travel between the groups",
     "distributed_mha": "heads are exchanged within groups of ranks, keys travel between the groups",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from longspan.attention.masks import Mask
 from longspan.context.carry import Burst, Carry, Direct, Exchange, LightSeq, Opposing, Ring, TokenRing, Windows
-from longspan.context.methods.all_gather import all_gather, mask_aware
+from longspan.context.methods.all_gather import all_gather, kept_keys, mask_aware
 from longspan.context.methods.burst import burst
 from longspan.context.methods.double_ring import double_ring
 from longspan.context.methods.light_seq import light_seq, looks_ahead
@@ -38,7 +38,7 @@ class Method:
     ``build`` takes (layout, query heads, KV heads), and a degree where ``has_degree`` or a number of stages where
     ``stages``, the default, is not 0. ``reason_against`` says why a mask on a layout cannot be computed, or None.
     ``carry`` says how its data travel, by which one rank's part is made without the whole (``context.local``), of the
-    number of ranks and the degree or number of stages.
+    number of ranks and the degree or number of stages. ``paired``: whether its phases go with another method's.
     """
 
     title: str
@@ -49,6 +49,7 @@ class Method:
     stages: int = 0
     carry: Callable[[int, int], Carry]
     reason_against: Callable[[Mask, Layout], str | None] = _no_reason
+    paired: bool = True
 
 
 def _always(carry: Carry) -> Callable[[int, int], Carry]:
@@ -100,6 +101,15 @@ METHODS: dict[str, Method] = {
         build=mask_aware,
         stages=4,
         carry=lambda world, stages: Direct(stages),
+    ),
+    "kept_keys": Method(
+        title="Keys sent once and kept for the backward phase, which begins with them",
+        paper="ours",
+        layout="zigzag",
+        build=kept_keys,
+        stages=2,
+        carry=lambda world, stages: Direct(stages, keep=True),
+        paired=False,
     ),
     "ulysses": Method(
         title="DeepSpeed-Ulysses (heads exchanged for tokens)",
@@ -211,6 +221,11 @@ def builder(name: str, world: int) -> Build:
     """The schedule function of a method, with its degree filled in. Raises ValueError as ``number_of``."""
     first, plus, second = name.partition("+")
     if plus:
+        alone = next((part for part in (first, second) if not method(part).paired), None)
+        if alone is not None:
+            raise ValueError(
+                f"{alone!r} keeps keys from phase to phase and goes with no other method; name it alone, not {name!r}"
+            )
         forward, backward = builder(first, world), builder(second, world)
         return lambda layout, num_heads, num_kv_heads: combined(
             forward(layout, num_heads, num_kv_heads), backward(layout, num_heads, num_kv_heads)

@@ -7,17 +7,24 @@ Published as the context parallelism of Llama 3 (Grattafiori et al. 2024, arXiv:
 the mask (``context.balance``). Pruning leaves of each move what the receiver's mask needs, so packed documents send
 little; arrivals are taken in a few stages by distance, each one kernel call, so that sends hide behind computation.
 
+``kept_keys`` is ours too: the same forward phase, whose keys stay with their readers. The backward phase then waits for
+nothing: it begins with the foreign keys, last stage first, and the own keys, whose gradient goes nowhere, hide the last
+gradients on their way home. It pays where KV heads are few or documents short, so that what is kept is small.
+
 What differs here: pruned by the mask; any length and head grouping; sums in fp32.
 
-Cost per rank, unpruned: forward (w-1)·KV; backward (w-1)·KV and (w-1)·KV·a/e. Memory: the keys of a whole stage at once
-(of the whole sequence, in ``all_gather``).
+Cost per rank, unpruned: forward (w-1)·KV; backward (w-1)·KV, which ``kept_keys`` does not send again, and (w-1)·KV·a/e.
+Memory: the keys of a whole stage at once (of the whole sequence, in ``all_gather``; from the forward to the backward
+phase, in ``kept_keys``).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from longspan.context.carry import Direct
 from longspan.context.geometry import normalise
-from longspan.context.passes import derived
+from longspan.context.passes import derived, replay, turned
 from longspan.context.schedule import Block, Move, Phase, Piece, Schedule, ordered
 from longspan.layout.tokens import Layout
 
@@ -33,6 +40,15 @@ def mask_aware(layout: Layout, num_heads: int, num_kv_heads: int, stages: int) -
     More stages hide sends better, fewer compute faster.
     """
     return _gather("mask_aware", layout, num_heads, num_kv_heads, stages=stages)
+
+
+def kept_keys(layout: Layout, num_heads: int, num_kv_heads: int, stages: int) -> Schedule:
+    """``mask_aware`` whose readers keep the keys; its backward phase takes the stages in the opposite order."""
+    gathered = _gather("kept_keys", layout, num_heads, num_kv_heads, stages=stages)
+    moves = tuple(replace(move, kept=True) for move in gathered.forward.moves)
+    backward = Phase((), turned(gathered.forward.blocks, len(Direct(stages).sizes(layout.world))))
+    backward = replay(backward, layout, gathered.group_size, dkv="home")
+    return replace(gathered, forward=replace(gathered.forward, moves=moves), backward=backward, dkv=None)
 
 
 def _gather(name: str, layout: Layout, num_heads: int, num_kv_heads: int, *, stages: int) -> Schedule:
