@@ -7,6 +7,7 @@ once where there is something to compute, and the busiest wire; what rows, tiles
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 
 import numpy as np
@@ -144,37 +145,51 @@ class Bounds:
 
     def _direct(self, carry: Direct) -> Both:
         """A rank computes a call when its keys are there, and sends their gradient home when it is computed."""
-        world, num, sizes = self.world, self.world.world, self.sizes
-        call = carry.calls(num)[(world.i - world.j) % num]
+        forward_s = self._coming_s(carry, backward=False)
+        if carry.keep:
+            return forward_s, self._going_s(carry.back, turned=True)
+        return forward_s, max(self._coming_s(carry, backward=True), self._going_s(carry))
+
+    def _called(self, carry: Direct, *, backward: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(world, world): the call that takes a pair of shards; (calls, rank): seconds of the calls."""
+        world = self.world
+        call = carry.calls(world.world)[(world.i - world.j) % world.world]
         here = call == np.arange(int(call.max()) + 1)[:, None, None]
-        areas, tokens = ((pairs * here).sum(2) for pairs in (world.areas, world.keys.tokens))  # (calls, rank)
-        foreign = world.keys.tokens * (world.i != world.j) * 2 * world.kv_heads
-        of_sums = np.where(world.keys.alone, sizes.inputs, sizes.sums) * sizes.batch * sizes.head_dim
-        come = np.cumsum(self._loads_s(len(here), call.T, foreign.T * self.row_bytes), axis=0)
-        loads = self._loads_s(len(here), call, foreign * of_sums)
-        gone = np.cumsum(loads[::-1], axis=0)[::-1]
-        sends, receives = users(self.topology)
-        least = []
-        for phase in (False, True):
-            seconds = self._work_s(areas, tokens > 0, world.heads, backward=phase)
-            if phase and carry.keep:
-                least.append(_turned_s(seconds, loads, sends))
-                continue
-            done = np.cumsum(seconds, axis=0)
-            left = done[-1] - done + seconds
-            bounds = [done[-1].max()]
-            for number in range(1, len(here)):  # own keys are there, and their gradient stays
-                bounds.append((come[number] + _least(left[number], receives)).max())
-                if phase:
-                    bounds.append((gone[number] + _least(done[number], sends)).max())
-            least.append(float(max(bounds)))
-        return least[0], least[1]
+        areas, tokens = ((pairs * here).sum(2) for pairs in (world.areas, world.keys.tokens))
+        return call, self._work_s(areas, tokens > 0, world.heads, backward=backward)
 
+    def _coming_s(self, carry: Direct, *, backward: bool) -> float:
+        """What is left to compute when the keys of a call have come."""
+        call, seconds = self._called(carry, backward=backward)
+        come = np.cumsum(self._loads_s(len(seconds), call.T, self._foreign.T * self.row_bytes), axis=0)
+        left = np.cumsum(seconds[::-1], axis=0)[::-1]
+        receives = users(self.topology)[1]
+        return self._busiest(left[0], ((come[n], left[n], receives) for n in range(1, len(left))))
 
-def _turned_s(seconds: np.ndarray, loads: np.ndarray, sends: np.ndarray) -> float:
-    """Calls in the opposite order, whose gradients go home meanwhile; ``seconds`` (calls, rank), ``loads`` of wires."""
-    done, sent = np.cumsum(seconds[::-1], axis=0)[::-1], np.cumsum(loads, axis=0)
-    return float(max([done[0].max(), *((sent[n] + _least(done[n], sends)).max() for n in range(1, len(done)))]))
+    def _going_s(self, carry: Direct, *, turned: bool = False) -> float:
+        """What is left to send home when a call is done; ``turned``: the last call comes first."""
+        call, seconds = self._called(carry, backward=True)
+        of_sums = np.where(self.world.keys.alone, self.sizes.inputs, self.sizes.sums)
+        num_bytes = self._foreign * of_sums * self.sizes.batch * self.sizes.head_dim
+        loads = self._loads_s(len(seconds), call, num_bytes)
+        if turned:
+            done, gone = np.cumsum(seconds[::-1], axis=0)[::-1], np.cumsum(loads, axis=0)
+        else:
+            done, gone = np.cumsum(seconds, axis=0), np.cumsum(loads[::-1], axis=0)[::-1]
+        sends = users(self.topology)[0]
+        return self._busiest(seconds.sum(0), ((gone[n], done[n], sends) for n in range(1, len(done))))
+
+    @cached_property
+    def _foreign(self) -> np.ndarray:
+        """(world, world): rows of k and v that one rank reads of another."""
+        return self.world.keys.tokens * (self.world.i != self.world.j) * 2 * self.world.kv_heads
+
+    @staticmethod
+    def _busiest(computing: np.ndarray, calls: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> float:
+        """The most of the ranks' computing and of (wires' seconds, ranks' seconds, whom a wire serves)."""
+        return float(
+            max([computing.max(), *((wires + _least(ranks, of_rank)).max() for wires, ranks, of_rank in calls)])
+        )
 
 
 def _least(seconds: np.ndarray, of_rank: np.ndarray) -> np.ndarray:

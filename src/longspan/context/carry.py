@@ -31,11 +31,16 @@ class Windows:
 class Direct:
     """Keys go from their owner to each reader, in ``stages`` by distance; 0: in one, own keys joined with it.
 
-    Readers that ``keep`` them begin the backward phase with the last stage, and end it with their own keys.
+    Readers that ``keep`` them begin the backward phase with the farthest keys, and end it with their own.
     """
 
     stages: int
     keep: bool = False
+
+    @property
+    def back(self) -> Direct:
+        """The stages of a backward phase that waits for no keys, to be taken in the opposite order: two hide its sends."""
+        return Direct(min(self.stages, 2))
 
     def sizes(self, world: int) -> list[int]:
         """From how many ranks the keys of each stage come.

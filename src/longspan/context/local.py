@@ -95,8 +95,10 @@ def _phases(
         authored = part.authored(carry)
         if isinstance(carry, Direct) and carry.keep:
             kept = ordered((replace(move, kept=True) for move in authored.moves), world)
-            visits = turned(authored.blocks, len(carry.sizes(world)))
-            return Phase(kept, tuple(authored.blocks)), Phase(ordered(authored.gradients, world), visits)
+            blocks, _, gradients = part.direct(carry.back)
+            last = len(carry.back.sizes(world))
+            gradients = (replace(m, step=last + 2 - m.step, lands=last + 3 - m.step) for m in gradients)
+            return Phase(kept, tuple(authored.blocks)), Phase(ordered(gradients, world), turned(blocks, last))
     blocks, moves, gradients = authored
     forward = Phase(ordered(moves, world), tuple(blocks))
     return forward, Phase(ordered([*again(forward.moves), *gradients], world), forward.blocks)
@@ -311,17 +313,16 @@ class _Part:
         """Keys from their owners to their readers, in stages."""
         world, rank = self.world, self.rank
         blocks, keys, gradients = [], [], []
-        sizes, first = carry.sizes(world), 1
         if carry.stages:
             blocks += self._block(0, rank, [rank])
-        for stage, size in enumerate(sizes):
-            home = len(sizes) - stage if carry.keep else stage + 2
+        first = 1
+        for stage, size in enumerate(carry.sizes(world)):
             distances = range(first, first + size)
             first += size
             for distance in distances:
                 for owner, reader in (((rank - distance) % world, rank), (rank, (rank + distance) % world)):
                     keys += self._move(stage, owner, reader, "kv", self._keys(owner, reader))
-                    gradients += self._home(home, reader, owner, "dkv")
+                    gradients += self._home(stage + 2, reader, owner, "dkv")
             sources = [(rank - distance) % world for distance in distances]
             blocks += self._block(stage + 1, rank, sources if carry.stages else [*sources, rank])
         return Authored(blocks, keys, gradients)

@@ -78,7 +78,7 @@ class World:
         self.reads = reads_of(geometry)
         self.keys, self.queries = Side(self.reads, self.reads.keys), Side(self.reads, self.reads.queries)
         # An identity of a set of atoms is the sum of its random numbers.
-        self.num_shapes = self.world * (self.world + 1)  # no method has more
+        self.num_shapes = self.world * (self.world + 3)  # no method has more
         self._group_pieces: dict[int, np.ndarray] = {}
         self.tickets = np.random.default_rng(0).integers(1 << 40, size=len(self.reads.owner))
 
@@ -258,8 +258,25 @@ class World:
         return self._both(forward, backward, self.pair_pieces)
 
     def direct(self, carry: Direct) -> tuple[Table, Table]:
+        forward, backward = _Rows(), _Rows()
+        step, pieces = self._calls(forward, carry, 0)
+        self._sent(forward, step - 1)
+        if not carry.keep:
+            backward.moves += forward.moves
+            self._home(backward, step + 1)
+            return self._both(forward, backward, pieces)
+        step, others = self._calls(backward, carry.back, int(step.max()) + 1, turned=True)
+        self._home(backward, step + 1)
+        keeps = bool((self.keys.tokens * (self.i != self.j)).any())
+        return self._both(forward, backward, np.concatenate([pieces, others]), keeps=keeps)
+
+    def _calls(self, rows: _Rows, carry: Direct, first: int, *, turned: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks of all ranks, a call of each in a step, whose shapes begin with ``first`` · world.
+
+        Returns the step in which each pair of shards is computed, (world, world), and the pieces of the shapes.
+        """
         world, reads, call = self.world, self.reads, carry.calls(self.world)
-        step, num = call[(self.i - self.j) % world], int(call[-1]) + 1
+        num = int(call[-1]) + 1
         away = (reads.owner - np.arange(world)[:, None]) % world  # of each atom of queries, from a rank of keys
         queries = np.stack([(reads.queries & (call[away] == n)).any(0) for n in range(num)])
         # By (call, rank); the same numbers for atoms of keys and their reader.
@@ -267,19 +284,12 @@ class World:
         at, rank = np.indices((num, world))
         own = queries[:, None] & (reads.owner == np.arange(world)[:, None])
         pieces = self._joint_pieces(*(m.reshape(num * world, -1) for m in (own, keys)))
-        forward, backward = _Rows(), _Rows()
+        pieces[:, 0] += first * world
         tokens = self.queries.tokens_of(queries), keys @ reads.sizes
-        tickets = self.queries.per_owner(queries * self.tickets)
-        forward.block(at, rank, *tokens, self.heads, self.kv_heads, tickets, at * world + rank)
-        self._sent(forward, step - 1)
-        if carry.keep:
-            backward.block(num - 1 - at, rank, *tokens, self.heads, self.kv_heads, tickets, at * world + rank)
-            self._home(backward, num - step)
-            keeps = bool((self.keys.tokens * (self.i != self.j)).any())
-            return self._both(forward, backward, pieces, keeps=keeps)
-        backward.moves += forward.moves
-        self._home(backward, step + 1)
-        return self._both(forward, backward, pieces)
+        tickets, shape = self.queries.per_owner(queries * self.tickets), (first + at) * world + rank
+        step, at = ((num - 1 - x if turned else x) for x in (call[(self.i - self.j) % world], at))
+        rows.block(at, rank, *tokens, self.heads, self.kv_heads, tickets, shape)
+        return step, pieces
 
     def token_ring(self) -> tuple[Table, Table]:
         forward, backward = _Rows(), _Rows()

@@ -8,8 +8,8 @@ the mask (``context.balance``). Pruning leaves of each move what the receiver's 
 little; arrivals are taken in a few stages by distance, each one kernel call, so that sends hide behind computation.
 
 ``kept_keys`` is ours too: the same forward phase, whose keys stay with their readers. The backward phase then waits for
-nothing: it begins with the foreign keys, last stage first, and the own keys, whose gradient goes nowhere, hide the last
-gradients on their way home. It pays where KV heads are few or documents short, so that what is kept is small.
+nothing: it takes the foreign keys in two calls, the farther ones first, and the own keys, whose gradient goes nowhere,
+hide the last gradients on their way home. It pays where KV heads are few or documents short, so that what is kept is small.
 
 What differs here: pruned by the mask; any length and head grouping; sums in fp32.
 
@@ -43,10 +43,12 @@ def mask_aware(layout: Layout, num_heads: int, num_kv_heads: int, stages: int) -
 
 
 def kept_keys(layout: Layout, num_heads: int, num_kv_heads: int, stages: int) -> Schedule:
-    """``mask_aware`` whose readers keep the keys; its backward phase takes the stages in the opposite order."""
+    """``mask_aware`` whose readers keep the keys; its backward phase takes them in two calls, the farther ones first."""
     gathered = _gather("kept_keys", layout, num_heads, num_kv_heads, stages=stages)
     moves = tuple(replace(move, kept=True) for move in gathered.forward.moves)
-    backward = Phase((), turned(gathered.forward.blocks, len(Direct(stages).sizes(layout.world))))
+    back = Direct(stages, keep=True).back
+    blocks = _gather("", layout, num_heads, num_kv_heads, stages=back.stages).forward.blocks
+    backward = Phase((), turned(blocks, len(back.sizes(layout.world))))
     backward = replay(backward, layout, gathered.group_size, dkv="home")
     return replace(gathered, forward=replace(gathered.forward, moves=moves), backward=backward, dkv=None)
 
