@@ -39,7 +39,7 @@ class Direct:
 
     @property
     def back(self) -> Direct:
-        """The stages of a backward phase that waits for no keys, to be taken in the opposite order: two hide its sends."""
+        """The stages of a backward phase that waits for no keys, in the opposite order: two hide its sends."""
         return Direct(min(self.stages, 2))
 
     def sizes(self, world: int) -> list[int]:

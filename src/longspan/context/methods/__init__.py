@@ -107,7 +107,7 @@ METHODS: dict[str, Method] = {
         paper="ours",
         layout="zigzag",
         build=kept_keys,
-        stages=2,
+        stages=3,
         carry=lambda world, stages: Direct(stages, keep=True),
         paired=False,
     ),

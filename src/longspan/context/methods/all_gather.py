@@ -9,7 +9,7 @@ little; arrivals are taken in a few stages by distance, each one kernel call, so
 
 ``kept_keys`` is ours too: the same forward phase, whose keys stay with their readers. The backward phase then waits for
 nothing: it takes the foreign keys in two calls, the farther ones first, and the own keys, whose gradient goes nowhere,
-hide the last gradients on their way home. It pays where KV heads are few or documents short, so that what is kept is small.
+hide the last gradients on their way home. It pays where KV heads are few or documents short: what is kept is small.
 
 What differs here: pruned by the mask; any length and head grouping; sums in fp32.
 
@@ -43,7 +43,7 @@ def mask_aware(layout: Layout, num_heads: int, num_kv_heads: int, stages: int) -
 
 
 def kept_keys(layout: Layout, num_heads: int, num_kv_heads: int, stages: int) -> Schedule:
-    """``mask_aware`` whose readers keep the keys; its backward phase takes them in two calls, the farther ones first."""
+    """``mask_aware`` whose readers keep the keys and begin the backward phase with them, in two calls."""
     gathered = _gather("kept_keys", layout, num_heads, num_kv_heads, stages=stages)
     moves = tuple(replace(move, kept=True) for move in gathered.forward.moves)
     back = Direct(stages, keep=True).back
