@@ -1,8 +1,8 @@
 """One piece of memory for all messages of a phase, of a size that is known before anything runs.
 
 A program says when each message is posted, landed and read for the last time, so places are given once: what is live
-at one time lies apart, and what is not may lie in the same place. A message that goes out stays untouched for one step
-more, since its sender waits for it when it has posted the next step.
+at one time lies apart, and what is not may lie in the same place. A message that goes out stays untouched for a step
+more than it is under way, since its sender waits for it when it has posted the step after.
 """
 
 from __future__ import annotations

@@ -122,12 +122,12 @@ class Worker:
         for number, step in enumerate(program.steps):
             for send in step.sends:
                 form = self._region_form(send)
-                if self._in_place(send, form):  # what it lies in is read by the wire for a step more
+                if self._in_place(send, form):  # what it lies in is read by the wire a little longer
                     part = "buffers", send.region.parts[0].buffer
                     if part in spans:
-                        spans[part] = spans[part]._replace(last=max(spans[part].last, number + 1))
+                        spans[part] = spans[part]._replace(last=max(spans[part].last, number + send.span))
                 else:
-                    spans["sends", send.number] = Span(form.num_bytes, number, number + 1)
+                    spans["sends", send.number] = Span(form.num_bytes, number, number + send.span)
             for receive in step.receives:
                 step_landed, landing = landed[receive.number]
                 if receive.buffer is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 Message = tuple[int, int, Tensor]  # peer (rank in the group), lane, flat uint8 tensor
+Sending = list[tuple[list[dist.Work], Tensor]]  # what is on its way, kept alive until its works are done
+Posted = tuple[list[Callable[[], None]], Sending]
 _BATCH_LIMIT = 256  # more operations in one NCCL batch can hang (pytorch issue 174288)
 
 
@@ -42,35 +45,45 @@ class Exchange:
             raise ValueError(
                 f"a process group for CUDA tensors needs NCCL, or gloo to stage through host memory, got {backend!r}"
             )
-        self._sending: list[tuple[dist.Work, Tensor]] = []
+        self._sending: dict[int, Sending] = {}  # by the post after which they are waited for
+        self._posts = 0
 
-    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Callable[[], None]]:
-        """Start all messages of one step; returns for each receive a function that waits until its bytes are there."""
-        earlier, self._sending = self._sending, []
+    def post(
+        self, sends: Sequence[Message], receives: Sequence[Message], spans: Sequence[int] = ()
+    ) -> list[Callable[[], None]]:
+        """Start all messages of one step; returns for each receive a function that waits until its bytes are there.
+
+        ``spans``: for each send, the steps that it may be under way, 1 by default. What was posted so many steps ago is
+        let go: kept to the end, a ring would hold every rank's keys. Every rank posts a step before it waits for an
+        earlier one, so this waits for no more than a slow neighbour.
+        """
         waits: list[Callable[[], None]] = []
         if sends or receives:
-            waits = self._post_nccl(sends, receives) if self.nccl else self._post_gloo(sends, receives)
-        # What went out in an earlier step is let go now: kept to the end, a ring would hold every rank's keys. Every
-        # rank posts a step before it waits for an earlier one, so this waits for no more than a slow neighbour.
-        _finish(earlier)
+            post = self._post_nccl if self.nccl else self._post_gloo
+            waits, sending = post(sends, receives)
+            for sent, span in zip(sending, spans or repeat(1), strict=False):
+                self._sending.setdefault(self._posts + span, []).append(sent)
+        _finish(self._sending.pop(self._posts, []))
+        self._posts += 1
         return waits
 
-    def _post_gloo(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Callable[[], None]]:
+    def _post_gloo(self, sends: Sequence[Message], receives: Sequence[Message]) -> Posted:
         waits = []
         for peer, _, target in receives:
             landing = torch.empty(target.shape, dtype=target.dtype, pin_memory=True) if self.staged else target
             work = dist.irecv(landing, group=self.group, group_src=peer)
             assert work is not None
             waits.append(_waiter([work], target, landing if self.staged else None))
+        sending: Sending = []
         for peer, _, source in sends:
             if self.staged:
                 source = torch.empty(source.shape, dtype=source.dtype, pin_memory=True).copy_(source)
             work = dist.isend(source, group=self.group, group_dst=peer)
             assert work is not None
-            self._sending.append((work, source))
-        return waits
+            sending.append(([work], source))
+        return waits, sending
 
-    def _post_nccl(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Callable[[], None]]:
+    def _post_nccl(self, sends: Sequence[Message], receives: Sequence[Message]) -> Posted:
         works: dict[int, list[dist.Work]] = {}
         for lane in sorted({lane for _, lane, _ in (*sends, *receives)}):
             group = lane_group(self.group, lane)
@@ -81,12 +94,14 @@ class Exchange:
                     f"a step may post at most {_BATCH_LIMIT} messages per rank on NCCL, got {len(ops)}; use a ring"
                 )
             works[lane] = dist.batch_isend_irecv(ops)  # coalesced: works do not match ops one to one
-        self._sending.extend((work, t) for _, lane, t in sends for work in works[lane])
-        return [_waiter(works[lane], target, None) for _, lane, target in receives]
+        sending = [(works[lane], t) for _, lane, t in sends]
+        return [_waiter(works[lane], target, None) for _, lane, target in receives], sending
 
     def finish(self) -> None:
         """Wait until everything posted has been sent."""
-        _finish(self._sending)
+        for sending in self._sending.values():
+            _finish(sending)
+        self._sending.clear()
 
 
 @lru_cache(maxsize=64)
@@ -115,10 +130,10 @@ def _warm(group: dist.ProcessGroup, device: torch.device) -> None:
     dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
-def _finish(sending: list[tuple[dist.Work, Tensor]]) -> None:
-    for work, _ in sending:
-        work.wait()
-    sending.clear()
+def _finish(sending: Sending) -> None:
+    for works, _ in sending:
+        for work in works:
+            work.wait()
 
 
 def _waiter(works: list[dist.Work], target: Tensor, staged: Tensor | None) -> Callable[[], None]:

@@ -319,7 +319,8 @@ def lower(
     for number, step in enumerate(state.steps):
         for index, move in posted[number]:
             if move.src == rank:
-                step.sends.append(Send(num_sends, move.dst, move.lane, state.take(move, number), move.complete))
+                region, span = state.take(move, number), move.lands - move.step + 1
+                step.sends.append(Send(num_sends, move.dst, move.lane, region, move.complete, span))
                 num_sends += 1
                 continue
             piece = move.piece

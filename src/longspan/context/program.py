@@ -48,13 +48,14 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """``number`` counts the program's sends in order of posting."""
+    """``number`` counts the program's sends in order of posting; ``span`` is how many steps it may be under way."""
 
     number: int
     peer: int
     lane: int
     region: Region
     complete: bool
+    span: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ def _execute(
         if exchange is not None:
             outgoing = [(send.peer, send.lane, worker.outgoing(send)) for send in step.sends]
             incoming = [(receive.peer, receive.lane, worker.incoming(receive)) for receive in step.receives]
-            waits = exchange.post(outgoing, incoming)
+            waits = exchange.post(outgoing, incoming, [send.span for send in step.sends])
             arrivals += [
                 Arrival(receive, flat, wait)
                 for receive, (_, _, flat), wait in zip(step.receives, incoming, waits, strict=True)
