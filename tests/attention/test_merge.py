@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longspan.attention.merge import accumulator, merge, merge_
+from longspan.attention.merge import Placed, accumulator, merge, merge_, merge_into
 from tests.oracles.attention import dense_attention
 
 
@@ -92,3 +92,39 @@ def test_a_sum_without_weights_is_not_the_merge() -> None:
     (out, _), parts = parts_of(np.ones((3, 4), dtype=bool), [np.arange(1), np.arange(1, 4)])
     assert (parts[0][0] + parts[1][0] - out).abs().max() > 0.1
     assert ((parts[0][0] + parts[1][0]) / 2 - out).abs().max() > 0.1
+
+
+def placed_parts(num: int, seed: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> list[Placed]:
+    """Partial results of some rows and heads of 9 tokens and 4 heads, the first of all of them; some rows empty."""
+    draw, parts = np.random.default_rng(seed), []
+    for number in range(num):
+        (t0, t1), (h0, h1) = (sorted(draw.choice(n + 1, 2, replace=False)) if number else (0, n) for n in (9, 4))
+        lse = 5 * draw.normal(size=(2, h1 - h0, t1 - t0))
+        lse[draw.random(lse.shape) < 0.2] = -np.inf
+        out = draw.normal(size=(2, t1 - t0, h1 - h0, 8)) * (lse > -np.inf).swapaxes(1, 2)[..., None]
+        sums = torch.float64 if dtype == torch.float64 else torch.float32
+        data = torch.from_numpy(out).to(device, dtype), torch.from_numpy(lse).to(device, sums)
+        parts.append(Placed(*data, int(t0), int(h0)))
+    return parts
+
+
+def merged_one_by_one(parts: list[Placed]) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = (x.double().cpu().clone() for x in parts[0][:2])
+    for part in parts[1:]:
+        tokens, heads = slice(part.token, None), slice(part.head, None)
+        _, num_tokens, num_heads, _ = part.out.shape
+        rows, row_lse = out[:, tokens, heads], lse[:, heads, tokens]
+        more = part.out.double().cpu(), part.lse.double().cpu()
+        merge_(rows[:, :num_tokens, :num_heads], row_lse[:, :num_heads, :num_tokens], *more)
+    return out, lse
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 7])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_placed_parts_merge_as_one_by_one(num: int, in_place: bool) -> None:
+    for seed in range(10):
+        parts = placed_parts(num, seed)
+        expected = merged_one_by_one(parts)
+        out, lse = parts[0][:2] if in_place else (torch.full((2, 9, 4, 8), 7.0), torch.full((2, 4, 9), 7.0).double())
+        merge_into(out, lse, parts)
+        torch.testing.assert_close((out.double(), lse), expected, rtol=0, atol=1e-12 if in_place else 1e-6)

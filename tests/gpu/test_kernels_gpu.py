@@ -12,8 +12,9 @@ from longspan.attention import masks
 from longspan.attention.bands import Bands, cut, shift
 from longspan.attention.kernels import KERNELS, pick
 from longspan.attention.kernels.contract import row_sums
-from longspan.attention.merge import merge, merge_
+from longspan.attention.merge import merge, merge_, merge_into
 from tests.attention.kernels.blocks import MASKS, RANGES, Inputs, block, errors, oracle, plain_errors, run, tensors
+from tests.attention.test_merge import merged_one_by_one, placed_parts
 
 # Not errors here: torch's compiler warns of torch's own code, otherwise in each version.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -148,6 +149,24 @@ def test_reference_runs_on_the_device() -> None:
     inputs = tensors(num_q, num_k, 4, 2, device="cuda")
     truth = oracle(*inputs, bands, scale=0.3)
     assert max(errors(run(KERNELS["reference"](), *inputs, bands, truth, scale=0.3), truth).values()) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num", [2, 3, 4, 5, 9])
+def test_placed_parts_merge_in_one_pass(dtype: torch.dtype, num: int) -> None:
+    for seed in range(10):
+        parts = placed_parts(num, seed, dtype, "cuda")
+        parts[1].lse[0, 0, 0] = torch.nan
+        expected = merged_one_by_one(parts)
+        for target in (torch.float32, dtype):
+            out, lse = torch.full((2, 9, 4, 8), 7.0, device="cuda", dtype=target), torch.full((2, 4, 9), 7.0).cuda()
+            merge_into(out, lse, parts)
+            tolerance = 2e-6 if target == torch.float32 else 2.0**-7
+            torch.testing.assert_close(out.double().cpu(), expected[0], rtol=tolerance, atol=2e-6, equal_nan=True)
+            torch.testing.assert_close(lse.double().cpu(), expected[1], rtol=2e-6, atol=2e-6, equal_nan=True)
+        if dtype == torch.float32:
+            merge_into(parts[0].out, parts[0].lse, parts)
+            torch.testing.assert_close(parts[0].out, out, rtol=2e-6, atol=2e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

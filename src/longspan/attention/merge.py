@@ -9,7 +9,8 @@ of the size of lse; on CUDA one kernel without temporaries (``merge_cuda``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -44,10 +45,10 @@ def merge_(
         raise ValueError(
             f"partial results are kept in float32 or float64, got out {out.dtype} and lse {lse.dtype}; convert them"
         )
-    if out.is_cuda and out.dtype == torch.float32 and out.stride(-1) == new_out.stride(-1) == 1 and out.numel():
-        from longspan.attention.merge_cuda import merge_rows_
+    if _in_one_pass(out, [new_out]):
+        from longspan.attention.merge_cuda import merge_rows
 
-        merge_rows_(out, lse, new_out, new_lse)
+        merge_rows(out, lse, [(out, lse, 0, 0), (new_out, new_lse, 0, 0)], 0, out.shape[1])
         return
     new_lse = new_lse.to(lse.dtype)
     # A row that is empty on both sides is measured from 0, where exp(-inf) is 0. A NaN of the input stays visible.
@@ -61,6 +62,64 @@ def merge_(
     weight, new_weight = ((x / both).transpose(1, 2).unsqueeze(-1).to(out.dtype) for x in (share, new_share))
     out.mul_(weight).addcmul_(new_out.to(out.dtype), new_weight)
     lse.copy_(total)
+
+
+def _in_one_pass(out: Tensor, parts: Sequence[Tensor]) -> bool:
+    """Whether ``merge_cuda`` takes them: rows of a head in one piece, sums in float32."""
+    wide = any(x.dtype == torch.float64 for x in (out, *parts))
+    return out.is_cuda and not wide and all(x.stride(-1) == 1 for x in (out, *parts)) and out.numel() > 0
+
+
+class Placed(NamedTuple):
+    """A partial result of some rows and heads of a whole, which begin at ``token`` and ``head`` there."""
+
+    out: Float[Tensor, "b l h d"]
+    lse: Float[Tensor, "b h l"]
+    token: int
+    head: int
+
+
+def merge_into(out: Float[Tensor, "b l h d"], lse: Float[Tensor, "b h l"], parts: Sequence[Placed]) -> None:
+    """The merged parts, in order; rows that no part has are empty.
+
+    Args:
+        out: written, of any floating dtype. It may be the first part's, as lse is then.
+        lse: written, float32 or float64.
+    """
+    inner = out if out.dtype in ACCUMULATORS else None
+    if len(parts) > 1 and _in_one_pass(out, [part.out for part in parts]):
+        from longspan.attention.merge_cuda import MOST, merge_rows
+
+        while len(parts) > MOST:
+            inner = torch.empty_like(out, dtype=accumulator(out.dtype)) if inner is None else inner
+            merge_rows(inner, lse, parts[:MOST], 0, out.shape[1])
+            parts = [Placed(inner, lse, 0, 0), *parts[MOST:]]
+        first, last = 0, out.shape[1]
+        if parts[0].out is out:  # its other rows stay
+            first = min(part.token for part in parts[1:])
+            last = max(part.token + part.out.shape[1] for part in parts[1:])
+        merge_rows(out, lse, parts, first, last)
+        return
+    if parts[0].out is out and inner is not None:
+        parts = parts[1:]
+    else:
+        inner, total = torch.zeros_like(out, dtype=accumulator(out.dtype)), torch.full_like(lse, -torch.inf)
+        rows, row_lse = _place(inner, total, parts[0])
+        rows.copy_(parts[0].out)
+        row_lse.copy_(parts[0].lse)
+        lse.copy_(total)
+        parts = parts[1:]
+    for part in parts:
+        merge_(*_place(inner, lse, part), part.out, part.lse)
+    if inner is not out:
+        out.copy_(inner)
+
+
+def _place(out: Tensor, lse: Tensor, part: Placed) -> tuple[Tensor, Tensor]:
+    """The views of a whole that a part has."""
+    _, num_tokens, num_heads, _ = part.out.shape
+    tokens, heads = slice(part.token, part.token + num_tokens), slice(part.head, part.head + num_heads)
+    return out[:, tokens, heads], lse[:, heads, tokens]
 
 
 def merge(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.kernels import Kernel
-from longspan.attention.merge import accumulator, merge_
+from longspan.attention.merge import Placed, accumulator, merge_into
 from longspan.context.arena import Places, Span, place
 from longspan.context.geometry import count
 from longspan.context.program import Compute, Fill, Part, Program, Receive, Region, Send, Step, Write
@@ -62,6 +62,7 @@ class Arrival(NamedTuple):
 
 
 _ALIGN = 16
+_MERGED_AT_ONCE = 3  # beside what is there: they take memory until then
 
 
 def _aligned(num_bytes: int) -> int:
@@ -92,6 +93,7 @@ class Worker:
         self.sum_dtype = accumulator(query.dtype)
         self.records: dict[int, Record] = dict(enumerate(inputs))
         self.flats: dict[int, Tensor] = {}
+        self._unmerged: dict[int, list[Placed]] = {}  # outputs to be merged, by buffer
         self._messages = {r.buffer for step in program.steps for r in step.receives} | {*program.saved, *program.packed}
         self._forms: dict[tuple[Kind, int, int, bool], _Form] = {}
         sizes = [_aligned(self._buffer_form(buffer).num_bytes) for buffer in program.saved]
@@ -240,6 +242,8 @@ class Worker:
             _copy(view, self._part(part, axes, index))
 
     def _part(self, part: Part, axes: Axes, index: int) -> Tensor:
+        if part.buffer in self._unmerged:
+            self._merge(part.buffer, self.sum_dtype)
         source = self.records[part.buffer][index]
         return _narrow(source, axes, part.token, part.num_tokens, part.head, part.num_heads)
 
@@ -280,30 +284,39 @@ class Worker:
         return record
 
     def write(self, write: Write, record: Record) -> None:
-        """Copy, merge or take over a record of sums."""
+        """Copy, merge or take over a record of sums. Outputs to be merged wait until some are there, or one is read."""
         if write.adopt is not None:
             self.records[write.adopt] = record
             return
         axes = COMPONENTS[write.kind]
         for merging, parts in ((False, write.copies), (True, write.merges)):
             for part in parts:
-                targets = self._accumulator(part.buffer, self.sum_dtype if merging else record[0].dtype)
-                old = [
-                    _narrow(t, a, part.token, part.num_tokens, part.head, part.num_heads)
-                    for t, a in zip(targets, axes, strict=True)
-                ]
-                new = [
+                new = tuple(
                     _narrow(t, a, part.to_token, part.num_tokens, part.to_head, part.num_heads)
                     for t, a in zip(record, axes, strict=True)
-                ]
-                if not merging:
-                    for o, n in zip(old, new, strict=True):
-                        _copy(o, n)
-                elif write.kind == "o":
-                    merge_(old[0], old[1], new[0], new[1])
-                else:
-                    for o, n in zip(old, new, strict=True):
-                        o.add_(n)
+                )
+                if merging and write.kind == "o":
+                    waiting = self._unmerged.setdefault(part.buffer, [])
+                    waiting.append(Placed(new[0], new[1], part.token, part.head))
+                    if len(waiting) == _MERGED_AT_ONCE:
+                        self._merge(part.buffer, self.sum_dtype)
+                    continue
+                targets = self._accumulator(part.buffer, self.sum_dtype if merging else record[0].dtype)
+                for target, a, n in zip(targets, axes, new, strict=True):
+                    old = _narrow(target, a, part.token, part.num_tokens, part.head, part.num_heads)
+                    if merging:
+                        old.add_(n)
+                    else:
+                        _copy(old, n)
+
+    def _merge(self, buffer: int, dtype: torch.dtype) -> None:
+        """Merge outputs that wait into their buffer, whose data are of ``dtype`` then."""
+        out, lse = self.records[buffer]
+        parts = [Placed(out, lse, 0, 0), *self._unmerged.pop(buffer)]
+        if out.dtype != dtype:
+            out, lse = torch.empty_like(out, dtype=dtype), torch.empty_like(lse)
+        merge_into(out, lse, parts)
+        self.records[buffer] = out, lse
 
     # Steps
 
@@ -335,6 +348,9 @@ class Worker:
         """Take in a message whose bytes are complete; those of inputs lie where they are read."""
         if write is not None:
             self.write(write, self._views(flat, self._received_form(receive)))
+            for part in write.merges:  # the message's memory is used again
+                if part.buffer in self._unmerged:
+                    self._merge(part.buffer, self.sum_dtype)
 
     def advance(self, step: Step, arrivals: list[Arrival | None]) -> None:
         """The rest of a step once its messages are posted: compute, and take in what lands, in the program's order.
@@ -357,11 +373,17 @@ class Worker:
             self.records.pop(buffer, None)
             self.flats.pop(buffer, None)
 
+    def results(self) -> list[Record]:
+        """All own sums, by kind."""
+        return [self.result(index) for index in range(len(self.program.unwritten))]
+
     def result(self, index: int = 0) -> Record:
         """The own sums of the ``index``-th sum kind; rows that nothing wrote are empty (0, and lse -inf)."""
         num_inputs = len(self.program.own) - len(self.program.unwritten)
         buffer = num_inputs + index
         kind = self.program.own[buffer]
+        if buffer in self._unmerged:
+            self._merge(buffer, self.input_dtype)
         record = self._accumulator(buffer, self.input_dtype)
         for part in self.program.unwritten[index]:
             for component, (tensor, axes) in enumerate(zip(record, COMPONENTS[kind], strict=True)):

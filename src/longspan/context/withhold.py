@@ -151,6 +151,7 @@ def _run(
             for index, (receive, place) in enumerate(zip(step.receives, places, strict=True))
         ]
         worker.advance(step, arrivals)
+    worker.results()
     return worker
 
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from longspan.attention.kernels.calls import Call
 from longspan.attention.kernels.contract import Backward, Forward
-from longspan.attention.merge import accumulator, merge_
+from longspan.attention.merge import Placed, accumulator, merge_, merge_into
+
+_AT_ONCE = 4  # calls whose results are merged in one pass on CUDA; of many, each may have few of the rows
 
 
 def forward_calls(q: Tensor, plan: Sequence[Call], compute: Callable[[Call], tuple[Tensor, Tensor]]) -> Forward:
@@ -22,6 +24,13 @@ def forward_calls(q: Tensor, plan: Sequence[Call], compute: Callable[[Call], tup
     if len(plan) == 1 and plan[0].q1 - plan[0].q0 == length:
         out, lse = compute(plan[0])
         return out, lse.to(dtype)
+    if q.is_cuda and len(plan) <= _AT_ONCE:
+        parts = [Placed(*compute(call), call.q0, 0) for call in plan]
+        whole = all(call.fresh for call in plan)  # no row is of two calls
+        out = torch.empty(q.shape, dtype=parts[0].out.dtype if whole else dtype, device=q.device)
+        lse = torch.empty((b, h, length), dtype=dtype, device=q.device)
+        merge_into(out, lse, parts)
+        return out, lse
     out = torch.zeros(q.shape, dtype=dtype, device=q.device)
     lse = torch.full((b, h, length), -torch.inf, dtype=dtype, device=q.device)
     for call in plan:
