@@ -37,7 +37,7 @@ _PLACES = ["first_row", "num_rows", *(f"{part}_{place}" for part in "abcd" for p
 
 @triton.jit(do_not_specialize=_PLACES)
 def _merge(
-    out, lse, first_row, num_rows, num_heads, head_dim, out_b, out_l, out_h, lse_b, lse_h, lse_l,
+    out, lse, first_row, num_rows, num_heads, head_dim, to_ob, to_ol, to_oh, to_lb, to_lh, to_ll,
     a, a_lse, a_t, a_h, a_nt, a_nh, a_ob, a_ol, a_oh, a_lb, a_lh, a_ll,
     b, b_lse, b_t, b_h, b_nt, b_nh, b_ob, b_ol, b_oh, b_lb, b_lh, b_ll,
     c, c_lse, c_t, c_h, c_nt, c_nh, c_ob, c_ol, c_oh, c_lb, c_lh, c_ll,
@@ -71,9 +71,9 @@ def _merge(
     # Each part has its own weight: 1 - weight would lose a small share of large values in rounding.
     merged = part_a * (share_a / whole)[:, None] + part_b * (share_b / whole)[:, None]
     merged += part_c * (share_c / whole)[:, None] + part_d * (share_d / whole)[:, None]
-    at_out = out + batch * out_b + row[:, None] * out_l + head * out_h + column[None, :]
+    at_out = out + batch * to_ob + row[:, None] * to_ol + head * to_oh + column[None, :]
     tl.store(at_out, merged.to(out.dtype.element_ty), mask=live)
-    tl.store(lse + batch * lse_b + head * lse_h + row * lse_l, total, mask=inside)
+    tl.store(lse + batch * to_lb + head * to_lh + row * to_ll, total, mask=inside)
 
 
 def merge_rows(

@@ -66,7 +66,7 @@ class _Exchange:
                 q = self._of_group(self.group, self.queries[owner])
                 ranges = self.reads.ranges(q), self.reads.ranges(k)
                 for share in self.own:
-                    yield Block(share.stage + hop + 1, self.rank, *ranges, share.heads)
+                    yield Block(share.stage + hop + 2, self.rank, *ranges, share.heads)
 
     def exchanged(self) -> Iterator[Move]:
         """Inside the group, tokens from their owners to those who work on some heads, and outputs back, complete."""
@@ -82,11 +82,12 @@ class _Exchange:
                     continue
                 queries, keys = q[owner - first], kv[owner - first]
                 if len(queries):
-                    yield Move(stage, owner, worker, self._piece("q", queries, heads), kept=self.keeps)
+                    yield Move(stage + 1, owner, worker, self._piece("q", queries, heads), kept=self.keeps)
                     output = self._piece("o", queries, heads)
-                    yield homewards(stage + self.num_groups + 1, worker, owner, output, complete=True)
+                    yield homewards(stage + self.num_groups + 2, worker, owner, output, complete=True)
                 if len(keys) and fetched[0] < fetched[1]:
-                    yield Move(stage, owner, worker, self._piece("kv", keys, fetched), kept=self.keeps)
+                    piece = self._piece("kv", keys, fetched)
+                    yield Move(stage, owner, worker, piece, lands=stage + 1, kept=self.keeps)
 
     def _beyond(self, owner: int, hop: int) -> np.ndarray:
         """The atoms of a group's keys that a group more than ``hop`` hops after it reads."""
@@ -103,7 +104,7 @@ class _Exchange:
                 some = self._beyond(owner, hop)
                 if len(some):
                     src, dst = (g % n * self.degree + self.place for g in (sender, sender + 1))
-                    yield Move(hop + 1, src, dst, self._piece("kv", some, self.own[0].kv_heads))
+                    yield Move(hop + 2, src, dst, self._piece("kv", some, self.own[0].kv_heads))
 
     def gradients(self) -> Iterator[Move]:
         """Gradients of keys straight to their owners, from every rank that read them, after it last did."""
@@ -117,7 +118,7 @@ class _Exchange:
                 for owner in range(world) if reader == self.rank else (self.rank,):
                     some = self._atoms(owner, owner + 1, self.keys[group])
                     if owner != reader and len(some):
-                        step = share.stage + (group - owner // self.degree) % self.num_groups + 2
+                        step = share.stage + (group - owner // self.degree) % self.num_groups + 3
                         complete = share.complete and bool((readers[some] == 1).all())
                         piece = self._piece("dkv", some, share.kv_heads)
                         yield homewards(step, reader, owner, piece, complete=complete)

@@ -362,17 +362,17 @@ class World:
         for rows, (inputs, result) in ((forward, _FORWARD), (backward, _BACKWARD)):
             wide = [x[:, None] for x in (stage, place, heads, kv_heads)]
             if rows is forward:
-                at = (g - h) % groups + 1 + wide[0]
+                at = (g - h) % groups + 2 + wide[0]
                 rows.block(at, g * degree + wide[1], q_group, k_group, wide[2], wide[3], tickets, g * groups + h)
-            rows.move(inputs[-1], stage, owner, rank, q_tokens * heads * others)
+            rows.move(inputs[-1], stage + 1, owner, rank, q_tokens * heads * others)
             if rows is forward:
-                rows.move("kv", stage, owner, rank, k_tokens * sent * others)
+                rows.move("kv", stage, owner, rank, k_tokens * sent * others, lands=stage + 1)
             src, dst = ((source + step + more) % groups * degree + wide[1] for more in (0, 1))
-            rows.move("kv", step + 1, src, dst, passed * wide[3])
-            at = stage + groups + 1
+            rows.move("kv", step + 2, src, dst, passed * wide[3])
+            at = stage + groups + 2
             rows.move(result, at, rank, owner, q_tokens * heads * others, lands=at + 1, complete=True)
         reader = np.arange(groups)[:, None] * degree + place[:, None]  # (entries, group, 1)
-        at = (np.arange(groups)[:, None] - owner // degree) % groups + 2 + stage[:, None]
+        at = (np.arange(groups)[:, None] - owner // degree) % groups + 3 + stage[:, None]
         tokens = read * (kv_heads * returns)[:, None] * (reader != owner)
         backward.move("dkv", at, reader, owner, tokens, lands=at + 1, complete=readers & (whole[:, None] > 0))
         return self._both(forward, backward, pieces, keeps=bool(self.keys.tokens.any()))

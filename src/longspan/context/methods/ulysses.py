@@ -44,9 +44,10 @@ def usp(layout: Layout, num_heads: int, num_kv_heads: int, degree: int) -> Sched
 
 
 def _exchange(name: str, layout: Layout, num_heads: int, num_kv_heads: int, degree: int, stages: int = 1) -> Schedule:
-    """Step 0 exchanges tokens for heads, steps 1.. are the ring, the last step sends outputs home.
+    """Steps 0 and 1 exchange tokens for heads, steps 2.. are the ring, the last step sends outputs home.
 
-    Each stage is a step behind the one before; more than one take one group, whose keys stay.
+    Keys leave a step before queries: while they are on their way, the queries are packed. Each stage is a step behind
+    the one before; more than one take one group, whose keys stay.
     """
     world, num_groups = layout.world, layout.world // degree
     shares = head_shares(num_heads, num_kv_heads, degree, stages)
@@ -61,15 +62,16 @@ def _exchange(name: str, layout: Layout, num_heads: int, num_kv_heads: int, degr
             for other in range(group * degree, (group + 1) * degree):
                 if other != rank:
                     own = (layout.owned(other),)
-                    moves.append(Move(stage, other, rank, Piece("q", own, heads), kept=True))
+                    moves.append(Move(stage + 1, other, rank, Piece("q", own, heads), kept=True))
                     if fetched[0] < fetched[1]:
-                        moves.append(Move(stage, other, rank, Piece("kv", own, fetched), kept=True))
-                    moves.append(homewards(stage + num_groups + 1, rank, other, Piece("o", own, heads)))
+                        piece = Piece("kv", own, fetched)
+                        moves.append(Move(stage, other, rank, piece, lands=stage + 1, kept=True))
+                    moves.append(homewards(stage + num_groups + 2, rank, other, Piece("o", own, heads)))
             for step in range(num_groups):
                 keys = tokens((group - step) % num_groups)
-                blocks.append(Block(stage + step + 1, rank, tokens(group), keys, heads))
+                blocks.append(Block(stage + step + 2, rank, tokens(group), keys, heads))
                 if step < num_groups - 1:
                     following = (group + 1) % num_groups * degree + place
-                    moves.append(Move(step + 1, rank, following, Piece("kv", keys, kv_heads)))
+                    moves.append(Move(step + 2, rank, following, Piece("kv", keys, kv_heads)))
     forward = Phase(ordered(moves, world), tuple(blocks))
     return derived(name, layout, num_heads, num_kv_heads, forward)
