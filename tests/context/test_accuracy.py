@@ -120,7 +120,10 @@ class _Rounding:
         out, lse = self._kernel.forward(q, k, v, bands, scale=scale, softcap=softcap)
         return out, lse.bfloat16().to(lse.dtype) if self._what == "lse" else lse
 
-    def backward(self, dout, q, k, v, lse, delta, bands, *, scale, softcap):
+    def out_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
+        return None
+
+    def backward(self, dout, q, k, v, lse, delta, bands, *, scale, softcap, out=None):
         grads = self._kernel.backward(dout, q, k, v, lse, delta, bands, scale=scale, softcap=softcap)
         return tuple(x.bfloat16().to(x.dtype) for x in grads) if self._what == "gradients" else grads
 

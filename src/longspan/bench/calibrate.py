@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longspan.attention.bands import Band, area, rectangle
 from longspan.attention.kernels import Kernel, pick
-from longspan.attention.kernels.contract import row_sums
+from longspan.attention.kernels.contract import row_sums, stand_in
 from longspan.attention.masks import causal_band, full
 from longspan.attention.merge import accumulator
 from longspan.bench.timing import Step, times_s
@@ -166,10 +166,13 @@ class _Bench:
         k, v = self.draw(keys, self.kv_heads), self.draw(keys, self.kv_heads)
         scale = self.head_dim**-0.5
         out, lse = self.kernel.forward(q, k, v, (band,), scale=scale, softcap=None)
-        delta = row_sums(dout, out)
+        delta, dtype = row_sums(dout, out), self.kernel.out_dtype(self.dtype)
+        options = {"scale": scale, "softcap": None, "out": None}
+        if dtype is not None:  # blocks share it
+            dout, options["out"] = stand_in(dout, delta, dtype)
         steps = (
             lambda: self.kernel.forward(q, k, v, (band,), scale=scale, softcap=None),
-            lambda: self.kernel.backward(dout, q, k, v, lse, delta, (band,), scale=scale, softcap=None),
+            lambda: self.kernel.backward(dout, q, k, v, lse, delta, (band,), **options),
         )
         pairs = area(band)
         diagonals = int(pairs < rows * keys)
@@ -236,6 +239,9 @@ class _Kept:
 
     def supports(self, q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None) -> str | None:
         return self.kernel.supports(q, k, v, softcap=softcap)
+
+    def out_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
+        return self.kernel.out_dtype(dtype)
 
     def forward(self, *args: Any, **options: Any) -> Any:
         self.steps.append(lambda: self.kernel.forward(*args, **options))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.kernels import Kernel
+from longspan.attention.kernels.contract import stand_in
 from longspan.attention.merge import Placed, accumulator, merge_into
 from longspan.context.arena import Places, Span, place
 from longspan.context.geometry import count
@@ -93,6 +94,7 @@ class Worker:
         self.sum_dtype = accumulator(query.dtype)
         self.records: dict[int, Record] = dict(enumerate(inputs))
         self.flats: dict[int, Tensor] = {}
+        self._own_stand_in: tuple[Tensor, Tensor] | None = None
         self._unmerged: dict[int, list[Placed]] = {}  # outputs to be merged, by buffer
         self._messages = {r.buffer for step in program.steps for r in step.receives} | {*program.saved, *program.packed}
         self._forms: dict[tuple[Kind, int, int, bool], _Form] = {}
@@ -336,13 +338,26 @@ class Worker:
             self.write(compute.writes[0], kernel.forward(q, k, v, compute.bands, scale=scale, softcap=softcap))
             return
         dout, lse, delta = self.read(compute.do)
-        dq, dk, dv = kernel.backward(dout, q, k, v, lse, delta, compute.bands, scale=scale, softcap=softcap)
+        dout, out = self._stand_in(compute.do, dout)
+        dq, dk, dv = kernel.backward(dout, q, k, v, lse, delta, compute.bands, scale=scale, softcap=softcap, out=out)
         if spread is not None:
             shape = (*dk.shape[:2], num_kv_heads, dk.shape[3])
             dk = dk.new_zeros(shape).index_add_(2, spread, dk)
             dv = dv.new_zeros(shape).index_add_(2, spread, dv)
         self.write(compute.writes[0], (dq,))
         self.write(compute.writes[1], (dk, dv))
+
+    def _stand_in(self, region: Region, dout: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(dout, out) of a region as the kernel wants them; those of own queries, which many blocks read, made once."""
+        part, dtype = region.parts[0], self.settings.kernel.out_dtype(self.input_dtype)
+        if dtype is None or len(region.parts) > 1 or part.buffer >= len(self.program.own):
+            return dout, None
+        if self._own_stand_in is None:
+            whole, _, delta = self.records[part.buffer]
+            self._own_stand_in = stand_in(whole, delta, dtype)
+        place = part.token, part.num_tokens, part.head, part.num_heads
+        dout, out = (_narrow(x, _DATA, *place) for x in self._own_stand_in)
+        return dout, out
 
     def arrive(self, receive: Receive, flat: Tensor, write: Write | None) -> None:
         """Take in a message whose bytes are complete; those of inputs lie where they are read."""

@@ -192,16 +192,16 @@ def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert worst(CpuFlash(), scale=0.31) > 1e-3
 
     class Zeros(CpuFlash):
-        def forward(self, q, k, v, bands, *, scale, softcap):
+        def forward(self, q, k, v, bands, *, scale, softcap, out=None):
             out, lse = super().forward(q, k, v, bands, scale=scale, softcap=softcap)
             return out * 0, lse
 
     class LocalRows(CpuFlash):
-        def backward(self, dout, q, k, v, lse, delta, bands, *, scale, softcap):
+        def backward(self, dout, q, k, v, lse, delta, bands, *, scale, softcap, out=None):
             return super().backward(dout, q, k, v, lse + 0.1, delta, bands, scale=scale, softcap=softcap)
 
     class NoDelta(CpuFlash):
-        def backward(self, dout, q, k, v, lse, delta, bands, *, scale, softcap):
+        def backward(self, dout, q, k, v, lse, delta, bands, *, scale, softcap, out=None):
             return super().backward(dout, q, k, v, lse, delta * 0, bands, scale=scale, softcap=softcap)
 
     assert min(worst(Zeros()), worst(LocalRows()), worst(NoDelta())) > 0.01

@@ -39,6 +39,10 @@ class Kernel(Protocol):
         """None where the kernel can take such tensors, else the reason in words."""
         ...
 
+    def out_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
+        """For inputs of ``dtype``, that of the ``out`` which backward wants; None where delta is enough."""
+        ...
+
     def forward(
         self,
         q: Float[Tensor, "b lq h d"],
@@ -64,8 +68,13 @@ class Kernel(Protocol):
         *,
         scale: float,
         softcap: float | None,
+        out: Float[Tensor, "b lq h d"] | None = None,
     ) -> Backward:
-        """(dq, dk, dv) of the block, from the lse of the whole row and delta = rowsum(dout * out) of the whole row."""
+        """(dq, dk, dv) of the block, from the lse of the whole row and delta = rowsum(dout * out) of the whole row.
+
+        ``out``: what ``stand_in`` made of dout and delta, in the kernel's ``out_dtype``, as is dout then: blocks of the
+        same queries share it. A kernel that wants none ignores it.
+        """
         ...
 
 

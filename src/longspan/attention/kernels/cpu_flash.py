@@ -66,6 +66,9 @@ class CpuFlash:
             return f"it takes {', '.join(str(dtype) for dtype in _DTYPES)}, not {q.dtype}"
         return None
 
+    def out_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
+        return accumulator(dtype)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bands: Bands, *, scale: float, softcap: float | None) -> Forward:
         check_block(self, q, k, v, softcap)
         compute = _forward_dtype(q.dtype)
@@ -99,12 +102,15 @@ class CpuFlash:
         *,
         scale: float,
         softcap: float | None,
+        out: Tensor | None = None,
     ) -> Backward:
         check_block(self, q, k, v, softcap)
         dtype = accumulator(q.dtype)
         masks = _Masks(dtype)
         q_in, k_in, v_in = (_heads_first(x, dtype) for x in (q, k, v))
-        dout_in, out_in = (x.transpose(1, 2) for x in stand_in(dout, delta.to(dtype), dtype))
+        if out is None:
+            dout, out = stand_in(dout, delta.to(dtype), dtype)
+        dout_in, out_in = dout.transpose(1, 2), out.transpose(1, 2)
         # A row that is empty in the whole sequence is masked or in no call: any finite lse keeps it free of NaN.
         row_lse = lse.to(dtype).masked_fill(lse == -torch.inf, 0)
 

@@ -106,6 +106,9 @@ class CudaFlash:
             return "flash attention needs a GPU of compute capability 8.0 or later"
         return reason
 
+    def out_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
+        return dtype
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bands: Bands, *, scale: float, softcap: float | None) -> Forward:
         check_block(self, q, k, v, softcap)
         return forward_calls(q, plan_windows(bands), lambda call: flash_forward(q, k, v, call, scale))
@@ -122,9 +125,11 @@ class CudaFlash:
         *,
         scale: float,
         softcap: float | None,
+        out: Tensor | None = None,
     ) -> Backward:
         check_block(self, q, k, v, softcap)
-        dout, out = stand_in(dout, delta.float(), q.dtype)
+        if out is None:
+            dout, out = stand_in(dout, delta.float(), q.dtype)
         lse = lse.float().masked_fill(lse == -torch.inf, 0)
         return backward_calls(
             q, k, v, plan_windows(bands), lambda call: flash_backward(dout, q, k, v, out, lse, call, scale)

@@ -43,6 +43,9 @@ class Cudnn:
             return "its backward is not deterministic, and torch.use_deterministic_algorithms(True) is in force"
         return None
 
+    def out_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
+        return dtype
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bands: Bands, *, scale: float, softcap: float | None) -> Forward:
         check_block(self, q, k, v, softcap)
         q_in, k_in, v_in = (_heads_first(x) for x in (q, k, v))
@@ -77,9 +80,11 @@ class Cudnn:
         *,
         scale: float,
         softcap: float | None,
+        out: Tensor | None = None,
     ) -> Backward:
         check_block(self, q, k, v, softcap)
-        dout, out = stand_in(dout, delta.float(), q.dtype)
+        if out is None:
+            dout, out = stand_in(dout, delta.float(), q.dtype)
         lse = lse.float().masked_fill(lse == -torch.inf, 0)
         q_in, k_in, v_in = (_heads_first(x) for x in (q, k, v))
         unused = torch.zeros((), dtype=torch.int64, device=q.device)  # state of a dropout that is not there

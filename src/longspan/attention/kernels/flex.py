@@ -161,6 +161,9 @@ class Flex:
             return f"the head dim must be at least 16, got {q.shape[-1]}"
         return None
 
+    def out_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
+        return None
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bands: Bands, *, scale: float, softcap: float | None) -> Forward:
         check_block(self, q, k, v, softcap)
         with torch.no_grad():
@@ -179,6 +182,7 @@ class Flex:
         *,
         scale: float,
         softcap: float | None,
+        out: Tensor | None = None,
     ) -> Backward:
         check_block(self, q, k, v, softcap)
         stream = torch.cuda.current_stream(q.device)

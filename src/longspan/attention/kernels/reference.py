@@ -38,6 +38,9 @@ class Reference:
     def supports(self, q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None) -> str | None:
         return None
 
+    def out_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
+        return None
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bands: Bands, *, scale: float, softcap: float | None) -> Forward:
         check_block(self, q, k, v, softcap)
         dtype = accumulator(q.dtype)
@@ -60,6 +63,7 @@ class Reference:
         *,
         scale: float,
         softcap: float | None,
+        out: Tensor | None = None,
     ) -> Backward:
         check_block(self, q, k, v, softcap)
         dtype, num_kv_heads = accumulator(q.dtype), k.shape[2]
