@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from longspan.attention.kernels import pick
-from longspan.context.engine import Record, Settings, Worker
+from longspan.context.engine import Settings, Worker
 from longspan.context.geometry import Geometry
 from longspan.context.lower import lower_all
 from longspan.context.methods import builder
 from longspan.context.methods.ring import ring
 from longspan.context.passes import mark_complete, prune, prune_schedule, replay
 from longspan.context.program import Program
+from longspan.context.records import Record
 from longspan.context.schedule import Move, Phase, Piece, Schedule, Sizes, bytes_sent, ordered
 from longspan.layout.tokens import make_layout
 from tests.context.cases import MASKS, inputs
@@ -239,7 +240,7 @@ def _plain(phase: Phase) -> Phase:
 def test_what_is_kept_is_not_sent_again() -> None:
     schedule = _schedule("usp:2", 4)
     kept = [m for m in schedule.forward.moves if m.kept]
-    assert {m.piece.kind for m in kept} == {"q", "kv"} and {m.step for m in kept} == {0}
+    assert {(m.piece.kind, m.step, m.lands) for m in kept} == {("kv", 0, 1), ("q", 1, 1)}
     again = {(m.src, m.dst, m.piece) for m in schedule.backward.moves}
     assert not again & {(m.src, m.dst, m.piece) for m in kept}
     with pytest.raises(ValueError, match="only q and kv can be kept"):

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from longspan.attention.kernels.contract import row_sums
 from longspan.attention.merge import accumulator
-from longspan.context.engine import Arrival, Record, Settings, Worker
+from longspan.context.engine import Arrival, Settings, Worker
 from longspan.context.geometry import Geometry
 from longspan.context.lower import lower_all
 from longspan.context.program import Program
+from longspan.context.records import Record
 from longspan.context.schedule import Schedule
 
 

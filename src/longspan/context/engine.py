@@ -1,10 +1,8 @@
 """The worker that executes one rank's lowered program; ``run``, ``emulate`` and ``withhold`` differ in how bytes come.
 
-A record is the tuple of tensors of one kind of data on some tokens and heads: q (b, n, h, d); kv two of these; do the
-output gradient with lse and delta (b, h, n); o the output with its lse; dq; dkv. Messages are one flat uint8 tensor
-each, so that a record of several tensors costs one send. Token by token they hold all tensors of the record: arrivals
-that are read together lie end to end in one buffer, and are one tensor without a copy. Sums of several parts are
-accumulated, and travel, in the accumulation dtype.
+Messages are one flat uint8 tensor each, so that a record of several tensors costs one send. Token by token they hold
+all tensors of the record: arrivals that are read together lie end to end in one buffer, and are one tensor without a
+copy. Sums of several parts are accumulated, and travel, in the accumulation dtype.
 """
 
 from __future__ import annotations
@@ -22,36 +20,8 @@ from longspan.attention.merge import Placed, accumulator, merge_into
 from longspan.context.arena import Places, Span, place
 from longspan.context.geometry import count
 from longspan.context.program import Compute, Fill, Part, Program, Receive, Region, Send, Step, Write
+from longspan.context.records import COMPONENTS, DATA, Axes, Form, Record, copy, narrow
 from longspan.context.schedule import INPUTS, Kind
-
-
-class Axes(NamedTuple):
-    tokens: int
-    heads: int
-
-
-_DATA, _STAT = Axes(1, 2), Axes(2, 1)
-COMPONENTS: dict[Kind, tuple[Axes, ...]] = {
-    "q": (_DATA,),
-    "kv": (_DATA, _DATA),
-    "do": (_DATA, _STAT, _STAT),
-    "o": (_DATA, _STAT),
-    "dq": (_DATA,),
-    "dkv": (_DATA, _DATA),
-}
-Record = tuple[Tensor, ...]
-
-
-class _Form(NamedTuple):
-    """How a record lies in a message: a row per token, its data tensors one after another; then statistics."""
-
-    num_tokens: int
-    num_heads: int
-    num_data: int
-    dtype: torch.dtype
-    row_bytes: int
-    stats: tuple[tuple[int, int], ...]  # first and last byte of each
-    num_bytes: int
 
 
 class Arrival(NamedTuple):
@@ -97,7 +67,7 @@ class Worker:
         self._own_stand_in: tuple[Tensor, Tensor] | None = None
         self._unmerged: dict[int, list[Placed]] = {}  # outputs to be merged, by buffer
         self._messages = {r.buffer for step in program.steps for r in step.receives} | {*program.saved, *program.packed}
-        self._forms: dict[tuple[Kind, int, int, bool], _Form] = {}
+        self._forms: dict[tuple[Kind, int, int, bool], Form] = {}
         sizes = [_aligned(self._buffer_form(buffer).num_bytes) for buffer in program.saved]
         self.saved = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device) if saved is None else saved
         for buffer, flat in zip(program.saved, self.saved.split(sizes), strict=True):
@@ -109,7 +79,7 @@ class Worker:
             else:
                 self.flats[buffer] = self._empty(form.num_bytes)
                 for view, own in zip(self._views(self.flats[buffer], form), inputs[buffer], strict=True):
-                    _copy(view, own)
+                    copy(view, own)
 
         self._places = self._find_places()
         self._arena = self._empty(self._places.num_bytes)
@@ -148,13 +118,13 @@ class Worker:
         program.places[key] = found
         return found
 
-    def _region_form(self, send: Send) -> _Form:
+    def _region_form(self, send: Send) -> Form:
         return self._form(send.region.kind, send.region.num_tokens, send.region.num_heads, send.complete)
 
-    def _received_form(self, receive: Receive) -> _Form:
+    def _received_form(self, receive: Receive) -> Form:
         return self._form(receive.kind, receive.num_tokens, receive.num_heads, receive.complete)
 
-    def _in_place(self, send: Send, form: _Form) -> bool:
+    def _in_place(self, send: Send, form: Form) -> bool:
         """Whether what is sent lies as a message already: whole rows of one buffer."""
         parts = send.region.parts
         if len(parts) != 1 or form.stats or parts[0].buffer not in self._messages:
@@ -164,11 +134,11 @@ class Worker:
     def _at(self, offset: int, num_bytes: int) -> Tensor:
         return self._arena[offset : offset + num_bytes]
 
-    def _form(self, kind: Kind, num_tokens: int, num_heads: int, complete: bool) -> _Form:
+    def _form(self, kind: Kind, num_tokens: int, num_heads: int, complete: bool) -> Form:
         key = kind, num_tokens, num_heads, complete
         if key not in self._forms:
             components = COMPONENTS[kind]
-            num_data = components.count(_DATA)
+            num_data = components.count(DATA)
             dtype = self.input_dtype if complete or kind in INPUTS else self.sum_dtype
             row_bytes = self.batch * num_data * num_heads * self.head_dim * dtype.itemsize
             stat_bytes = self.batch * num_heads * num_tokens * self.sum_dtype.itemsize
@@ -177,15 +147,15 @@ class Worker:
                 start = _aligned(end)
                 end = start + stat_bytes
                 stats.append((start, end))
-            self._forms[key] = _Form(num_tokens, num_heads, num_data, dtype, row_bytes, tuple(stats), end)
+            self._forms[key] = Form(num_tokens, num_heads, num_data, dtype, row_bytes, tuple(stats), end)
         return self._forms[key]
 
-    def _buffer_form(self, buffer: int) -> _Form:
+    def _buffer_form(self, buffer: int) -> Form:
         """The form of an arrival's buffer."""
         piece = self.program.buffers[buffer].piece
         return self._form(piece.kind, count(piece.tokens), piece.heads[1] - piece.heads[0], False)
 
-    def _views(self, flat: Tensor, form: _Form) -> Record:
+    def _views(self, flat: Tensor, form: Form) -> Record:
         """The tensors of a record in its message, none of them a copy."""
         rows = flat[: form.num_tokens * form.row_bytes].view(form.dtype)
         rows = rows.view(form.num_tokens, self.batch, form.num_data, form.num_heads, self.head_dim)
@@ -240,14 +210,14 @@ class Worker:
 
     def _assemble(self, target: Tensor, parts: Iterable[Part], axes: Axes, index: int) -> None:
         for part in parts:
-            view = _narrow(target, axes, part.to_token, part.num_tokens, part.to_head, part.num_heads)
-            _copy(view, self._part(part, axes, index))
+            view = narrow(target, axes, part.to_token, part.num_tokens, part.to_head, part.num_heads)
+            copy(view, self._part(part, axes, index))
 
     def _part(self, part: Part, axes: Axes, index: int) -> Tensor:
         if part.buffer in self._unmerged:
             self._merge(part.buffer, self.sum_dtype)
         source = self.records[part.buffer][index]
-        return _narrow(source, axes, part.token, part.num_tokens, part.head, part.num_heads)
+        return narrow(source, axes, part.token, part.num_tokens, part.head, part.num_heads)
 
     def read(self, region: Region) -> Record:
         """The record of a region: a view where it lies in one buffer, else assembled."""
@@ -276,7 +246,7 @@ class Worker:
             n, heads = count(piece.tokens), piece.heads[1] - piece.heads[0]
             self.records[buffer] = tuple(
                 torch.empty((self.batch, n, heads, self.head_dim), dtype=dtype, device=self.device)
-                if axes is _DATA
+                if axes is DATA
                 else torch.empty((self.batch, heads, n), dtype=self.sum_dtype, device=self.device)
                 for axes in COMPONENTS[piece.kind]
             )
@@ -294,7 +264,7 @@ class Worker:
         for merging, parts in ((False, write.copies), (True, write.merges)):
             for part in parts:
                 new = tuple(
-                    _narrow(t, a, part.to_token, part.num_tokens, part.to_head, part.num_heads)
+                    narrow(t, a, part.to_token, part.num_tokens, part.to_head, part.num_heads)
                     for t, a in zip(record, axes, strict=True)
                 )
                 if merging and write.kind == "o":
@@ -305,11 +275,11 @@ class Worker:
                     continue
                 targets = self._accumulator(part.buffer, self.sum_dtype if merging else record[0].dtype)
                 for target, a, n in zip(targets, axes, new, strict=True):
-                    old = _narrow(target, a, part.token, part.num_tokens, part.head, part.num_heads)
+                    old = narrow(target, a, part.token, part.num_tokens, part.head, part.num_heads)
                     if merging:
                         old.add_(n)
                     else:
-                        _copy(old, n)
+                        copy(old, n)
 
     def _merge(self, buffer: int, dtype: torch.dtype) -> None:
         """Merge outputs that wait into their buffer, whose data are of ``dtype`` then."""
@@ -356,7 +326,7 @@ class Worker:
             whole, _, delta = self.records[part.buffer]
             self._own_stand_in = stand_in(whole, delta, dtype)
         place = part.token, part.num_tokens, part.head, part.num_heads
-        dout, out = (_narrow(x, _DATA, *place) for x in self._own_stand_in)
+        dout, out = (narrow(x, DATA, *place) for x in self._own_stand_in)
         return dout, out
 
     def arrive(self, receive: Receive, flat: Tensor, write: Write | None) -> None:
@@ -403,34 +373,5 @@ class Worker:
         for part in self.program.unwritten[index]:
             for component, (tensor, axes) in enumerate(zip(record, COMPONENTS[kind], strict=True)):
                 empty = float("-inf") if kind == "o" and component == 1 else 0.0
-                _narrow(tensor, axes, part.token, part.num_tokens, part.head, part.num_heads).fill_(empty)
+                narrow(tensor, axes, part.token, part.num_tokens, part.head, part.num_heads).fill_(empty)
         return record
-
-
-_WIDE = torch.complex128  # 16 bytes
-
-
-def _copy(target: Tensor, source: Tensor) -> None:
-    """``target.copy_(source)``, on CUDA 16 bytes at a time where that is possible: rows of some heads are short."""
-    if target.is_cuda and target.dtype == source.dtype and _wide(target) and _wide(source):
-        target, source = target.view(_WIDE), source.view(_WIDE)
-    target.copy_(source)
-
-
-def _wide(x: Tensor) -> bool:
-    size = _WIDE.itemsize // x.itemsize
-    return (
-        x.stride(-1) == 1
-        and x.data_ptr() % _WIDE.itemsize == 0
-        and x.storage_offset() % size == 0
-        and x.shape[-1] % size == 0
-        and all(stride % size == 0 for stride in x.stride()[:-1])
-    )
-
-
-def _narrow(tensor: Tensor, axes: Axes, token: int, num_tokens: int, head: int, num_heads: int) -> Tensor:
-    if tensor.shape[axes.tokens] != num_tokens:
-        tensor = tensor.narrow(axes.tokens, token, num_tokens)
-    if tensor.shape[axes.heads] != num_heads:
-        tensor = tensor.narrow(axes.heads, head, num_heads)
-    return tensor

@@ -285,7 +285,7 @@ def estimate_all(
         _, inverse = np.unique(same, return_inverse=True)
         own_s = np.bincount(inverse, num_bytes)[inverse] / caps
     wires = path + number[:, None] * len(capacity)
-    flight = latency + posted[step, src], own_s, num_bytes[:, None] / capacity[path], wires
+    flight = latency + posted[step, src], own_s, num_bytes[:, None] / capacity[path], wires, number * world**2 + pair
     done = _follow(busy, (step, src, dst, lands), flight, (len(tables), len(capacity)))
     return done.reshape(len(tables), world).max(axis=1).tolist()
 
@@ -308,23 +308,24 @@ def routes(topology: Topology) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _follow(
     busy: np.ndarray,
     moves: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
-    flight: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    flight: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray],
     shape: tuple[int, int],
 ) -> np.ndarray:
     """When each rank is done; ``shape`` is (tables, wires of each and one that stands for none).
 
     It walks through the steps: a rank enters the next when it has computed and everything that lands has come.
 
-    A wire takes the messages of a step together, from the first that is there on, and after those of earlier steps.
+    A wire takes the messages of a step together, from the first that is there on, and after those of earlier steps; so
+    do two ranks, whose messages alone have a limit.
     """
     num_steps, world = busy.shape
     num_wires = shape[0] * shape[1]
     order = np.argsort(moves[0], kind="stable")
     step, src, dst, lands = (x[order] for x in moves)
-    before_s, own_s, wire_s, paths = (x[order] for x in flight)
+    before_s, own_s, wire_s, paths, pair = (x[order] for x in flight)
     edges = np.searchsorted(step, np.arange(num_steps + 1))
     entered, due = np.zeros(world), np.zeros((num_steps, world))
-    free = np.zeros(num_wires)
+    free, over = np.zeros(num_wires), np.zeros(int(pair.max(initial=-1)) + 1)
     for now in range(num_steps):
         some = slice(edges[now], edges[now + 1])
         if edges[now] < edges[now + 1]:
@@ -336,7 +337,9 @@ def _follow(
             until = np.maximum(first, free) + np.bincount(wires, wire_s[some].ravel(), num_wires)
             free[used] = until[used]
             free.reshape(shape)[:, -1] = until.reshape(shape)[:, -1] = 0.0  # stand for no wire
-            through = np.maximum(until[paths[some]].max(axis=1), begun + own_s[some])
+            alone = np.maximum(begun, over[pair[some]]) + own_s[some]
+            over[pair[some]] = alone
+            through = np.maximum(until[paths[some]].max(axis=1), alone)
             np.maximum.at(due, (lands[some], dst[some]), through + before_s[some])
         entered = np.maximum(entered + busy[now], due[now])
     return entered

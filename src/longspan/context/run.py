@@ -21,9 +21,10 @@ from longspan.attention.kernels import pick
 from longspan.attention.kernels.contract import row_sums
 from longspan.attention.merge import accumulator
 from longspan.context.build import Built
-from longspan.context.engine import Arrival, Record, Settings, Worker
+from longspan.context.engine import Arrival, Settings, Worker
 from longspan.context.exchange import Exchange
 from longspan.context.program import Program
+from longspan.context.records import Record
 
 
 @dataclass(frozen=True, slots=True)

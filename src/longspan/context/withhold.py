@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from longspan.context.emulate import Emulation, Played, emulate
-from longspan.context.engine import Arrival, Record, Settings, Worker
+from longspan.context.engine import Arrival, Settings, Worker
 from longspan.context.geometry import Geometry
 from longspan.context.program import Program
+from longspan.context.records import Record
 from longspan.context.schedule import Schedule
 
 _PROBE_BYTES = 64 << 20
