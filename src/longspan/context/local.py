@@ -24,7 +24,7 @@ from longspan.context.balance import areas
 from longspan.context.carry import Burst, Carry, Direct, Exchange, LightSeq, Opposing, Ring, TokenRing, Windows
 from longspan.context.geometry import Geometry
 from longspan.context.local_exchange import exchange_part
-from longspan.context.passes import again, ahead, turned
+from longspan.context.passes import again, turned
 from longspan.context.reads import Reads, halves_of, last_hop, reads_of
 from longspan.context.schedule import (
     KV_KINDS,
@@ -94,7 +94,7 @@ def _phases(
             return Phase(ordered(keys, world), tuple(blocks)), backward
         authored = part.authored(carry)
         if isinstance(carry, Direct) and carry.keep:
-            kept = ordered(map(ahead, authored.moves), world)
+            kept = ordered((replace(move, kept=True) for move in authored.moves), world)
             blocks, _, gradients = part.direct(carry.back)
             last = len(carry.back.sizes(world))
             gradients = (replace(m, step=last + 2 - m.step, lands=last + 3 - m.step) for m in gradients)

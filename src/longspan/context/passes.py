@@ -77,11 +77,6 @@ def turned(blocks: Sequence[Block], last: int) -> tuple[Block, ...]:
     return tuple(replace(block, step=last - block.step) for block in reversed(blocks))
 
 
-def ahead(move: Move) -> Move:
-    """The move posted a step ahead, to be kept."""
-    return replace(move, step=max(move.step - 1, 0), kept=True)
-
-
 def again(moves: Iterable[Move]) -> Iterator[Move]:
     """What a backward phase repeats of a forward phase's moves: all but kept inputs, with do beside q and dq for o."""
     for move in moves:

@@ -194,12 +194,9 @@ class World:
         src, dst = (first + up * hop) % self.world, (first + up * following) % self.world
         rows.move("dkv", hop + 1, src, dst, tokens[number, hop - 1] * heads, complete=complete)
 
-    def _sent(
-        self, rows: _Rows, step: np.ndarray, some: np.ndarray | bool = True, *, lands: np.ndarray | None = None
-    ) -> None:
+    def _sent(self, rows: _Rows, step: np.ndarray, some: np.ndarray | bool = True) -> None:
         """Keys of some pairs straight to the reader."""
-        tokens = self.keys.tokens * (self.i != self.j) * some * self.kv_heads
-        rows.move("kv", step, self.j, self.i, tokens, lands=lands)
+        rows.move("kv", step, self.j, self.i, self.keys.tokens * (self.i != self.j) * some * self.kv_heads)
 
     def _home(self, rows: _Rows, step: np.ndarray, some: np.ndarray | bool = True) -> None:
         """dkv of some pairs straight to the owner."""
@@ -263,7 +260,7 @@ class World:
     def direct(self, carry: Direct) -> tuple[Table, Table]:
         forward, backward = _Rows(), _Rows()
         step, pieces = self._calls(forward, carry, 0)
-        self._sent(forward, np.maximum(step - 2, 0) if carry.keep else step - 1, lands=step - 1)
+        self._sent(forward, step - 1)
         if not carry.keep:
             backward.moves += forward.moves
             self._home(backward, step + 1)

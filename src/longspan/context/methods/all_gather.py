@@ -7,10 +7,9 @@ Published as the context parallelism of Llama 3 (Grattafiori et al. 2024, arXiv:
 the mask (``context.balance``). Pruning leaves of each move what the receiver's mask needs, so packed documents send
 little; arrivals are taken in a few stages by distance, each one kernel call, so that sends hide behind computation.
 
-``kept_keys`` is ours too: the same forward phase, whose keys stay with their readers. As they take memory anyway, each
-stage is sent a step ahead, so that no wire waits for a rank that computes. The backward phase waits for nothing: it
-takes the foreign keys in two calls, the farther ones first, and the own keys, whose gradient goes nowhere, hide the
-last gradients on their way home. It pays where KV heads are few or documents short: what is kept is small.
+``kept_keys`` is ours too: the same forward phase, whose keys stay with their readers. The backward phase then waits for
+nothing: it takes the foreign keys in two calls, the farther ones first, and the own keys, whose gradient goes nowhere,
+hide the last gradients on their way home. It pays where KV heads are few or documents short: what is kept is small.
 
 What differs here: pruned by the mask; any length and head grouping; sums in fp32.
 
@@ -25,7 +24,7 @@ from dataclasses import replace
 
 from longspan.context.carry import Direct
 from longspan.context.geometry import normalise
-from longspan.context.passes import ahead, derived, replay, turned
+from longspan.context.passes import derived, replay, turned
 from longspan.context.schedule import Block, Move, Phase, Piece, Schedule, ordered
 from longspan.layout.tokens import Layout
 
@@ -46,7 +45,7 @@ def mask_aware(layout: Layout, num_heads: int, num_kv_heads: int, stages: int) -
 def kept_keys(layout: Layout, num_heads: int, num_kv_heads: int, stages: int) -> Schedule:
     """``mask_aware`` whose readers keep the keys and begin the backward phase with them, in two calls."""
     gathered = _gather("kept_keys", layout, num_heads, num_kv_heads, stages=stages)
-    moves = ordered((ahead(move) for move in gathered.forward.moves), layout.world)
+    moves = tuple(replace(move, kept=True) for move in gathered.forward.moves)
     back = Direct(stages, keep=True).back
     blocks = _gather("", layout, num_heads, num_kv_heads, stages=back.stages).forward.blocks
     backward = Phase((), turned(blocks, len(back.sizes(layout.world))))
