@@ -24,7 +24,7 @@ def forward_calls(q: Tensor, plan: Sequence[Call], compute: Callable[[Call], tup
     if len(plan) == 1 and plan[0].q1 - plan[0].q0 == length:
         out, lse = compute(plan[0])
         return out, lse.to(dtype)
-    if q.is_cuda and len(plan) <= _AT_ONCE:
+    if q.is_cuda and 0 < len(plan) <= _AT_ONCE:
         parts = [Placed(*compute(call), call.q0, 0) for call in plan]
         whole = all(call.fresh for call in plan)  # no row is of two calls
         out = torch.empty(q.shape, dtype=parts[0].out.dtype if whole else dtype, device=q.device)
