@@ -29,7 +29,7 @@ def test_the_page_shows_the_ranks_that_were_timed_alone() -> None:
     assert table(record) in PAGE
 
 
-@pytest.mark.parametrize("name", ["lab_port", "lab_port_documents", "lab_mesh", "lab_loopback"])
+@pytest.mark.parametrize("name", ["lab_port", "lab_port_one_head", "lab_port_documents", "lab_mesh", "lab_loopback"])
 def test_the_page_shows_what_the_lab_measured(name: str) -> None:
     record = _record(f"attention_{name}.json")
     assert all(row["status"] == "ok" for row in record["rows"])
