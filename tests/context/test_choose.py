@@ -51,7 +51,7 @@ def places(world: int) -> dict[str, Where]:
 
 
 def keeps_little(mask: Mask, layout: Layout, h: int, g: int) -> bool:
-    """Whether the keys that a rank reads of others are at most as much as its q, k, v and out; on few tokens."""
+    """Whether the keys that a rank reads of others are at most as much as its q, k, v and out."""
     allowed, owner = mask.dense().numpy(), np.empty(mask.num_tokens, np.int64)
     for rank in range(layout.world):
         owner[layout.positions(rank)] = rank
