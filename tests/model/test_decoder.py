@@ -92,7 +92,7 @@ def test_loss_is_cross_entropy_of_the_logits(name: str) -> None:
 
 def test_tied_head_is_one_parameter() -> None:
     model = build(GPT2, device="cpu")
-    assert model.head is None and model.head_weight is model.embed.weight
+    assert model.head is None and model.embed is not None and model.head_weight is model.embed.weight
     assert sum(p.numel() for p in model.parameters()) + 29 * 22 == sum(
         p.numel() for p in build(dataclasses.replace(GPT2, tie_embeddings=False)).parameters()
     )
@@ -160,9 +160,10 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     deeper = dict(build(dataclasses.replace(BASE, num_layers=3), device="cpu", seed=5).named_parameters())
     assert torch.equal(deeper["blocks.1.mlp.up.weight"], dict(a.named_parameters())["blocks.1.mlp.up.weight"])
     other = build(BASE, device="cpu", seed=6)
-    assert not torch.equal(a.embed.weight, other.embed.weight)
-    low = build(BASE, device="cpu", seed=5, dtype=torch.bfloat16)
-    assert torch.equal(low.embed.weight, a.embed.weight.bfloat16())
+    embeddings = [dict(model.named_parameters())["embed.weight"] for model in (a, other)]
+    assert not torch.equal(*embeddings)
+    low = dict(build(BASE, device="cpu", seed=5, dtype=torch.bfloat16).named_parameters())
+    assert torch.equal(low["embed.weight"], embeddings[0].bfloat16())
 
 
 def test_meta_models_hold_nothing_and_say_so() -> None:

@@ -271,6 +271,7 @@ def test_a_row_ends_with_a_stop_id_and_the_others_go_on():
 def test_tokens_are_streamed_and_gradients_stay_on_outside():
     model = build(LLAMA, device="cpu")
     runs = []
+    assert model.norm is not None
     model.norm.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
     stream = generate(model, ids_of(LLAMA, 1, 5), max_new_tokens=100)
     assert runs == []

@@ -9,9 +9,12 @@ Cost for n tokens of width c and p allowed pairs: 4·n·c·(h + g)·d + 4·h·d�
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from longspan.layout.tensor_parallel import WHOLE, TensorSplit, linear_boxes
+from longspan.layout.weights import Box
 from longspan.mixers.config import AttentionConfig
 from longspan.mixers.contract import Context
 from longspan.mixers.norm import RMSNorm
@@ -27,6 +30,7 @@ class Attention(nn.Module):
         layer: index handed to the context.
         window: number of keys a query sees, itself included; None: all.
         rotary: rotation of q and k; None: none (learned positions).
+        split: the heads of this rank, where a group shares them.
     """
 
     def __init__(
@@ -37,27 +41,53 @@ class Attention(nn.Module):
         layer: int,
         window: int | None = None,
         rotary: Rotary | None = None,
+        split: TensorSplit = WHOLE,
     ) -> None:
         super().__init__()
         self.config, self.layer, self.window, self.rotary = config, layer, window, rotary
+        self.split, self.heads = split, split.heads(config.num_heads, config.kv_heads)
         d = config.head_dim
-        self.q = nn.Linear(hidden_size, config.num_heads * d, bias=config.qkv_bias)
-        self.k = nn.Linear(hidden_size, config.kv_heads * d, bias=config.qkv_bias)
-        self.v = nn.Linear(hidden_size, config.kv_heads * d, bias=config.qkv_bias)
-        self.out = nn.Linear(config.num_heads * d, hidden_size, bias=config.out_bias)
+        q_channels = len(self.heads.query) * d
+        kv_channels = d * (config.kv_heads if self.heads.shared else len(self.heads.kv))
+        self.q = nn.Linear(hidden_size, q_channels, bias=config.qkv_bias)
+        self.k = nn.Linear(hidden_size, kv_channels, bias=config.qkv_bias)
+        self.v = nn.Linear(hidden_size, kv_channels, bias=config.qkv_bias)
+        self.out = nn.Linear(q_channels, hidden_size, bias=config.out_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm_eps is not None:
             self.q_norm, self.k_norm = RMSNorm(d, config.qk_norm_eps), RMSNorm(d, config.qk_norm_eps)
 
-    def forward(self, x: Float[Tensor, "b l c"], ctx: Context) -> Float[Tensor, "b l c"]:
-        """Mixes the local tokens with the rest of the sequence."""
-        q, k, v = (projection(x).unflatten(-1, (-1, self.config.head_dim)) for projection in (self.q, self.k, self.v))
+    def forward(self, x: Float[Tensor, "b l c"], ctx: Context) -> Float[Tensor, "b m c"]:
+        """Mixes the local tokens with the rest of the sequence; m is l unless the heads are split."""
+        q, k, v = self._heads_of(self.q, x), self._kv(self.k, x), self._kv(self.v, x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
             cos, sin = self.rotary.angles(ctx.positions, x.dtype)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if (expand := self.heads.expand) is not None:
+            k, v = k[:, :, expand], v[:, :, expand]
         mixed = ctx.attend(
             q, k, v, layer=self.layer, window=self.window, scale=self.config.scale, softcap=self.config.softcap
         )
-        return self.out(mixed.flatten(2))
+        return self.split.total(self.split.partial(mixed.flatten(2), self.out), self.out)
+
+    def _heads_of(self, projection: nn.Linear, x: Tensor) -> Tensor:
+        return projection(x).unflatten(-1, (-1, self.config.head_dim))
+
+    def _kv(self, projection: nn.Linear, x: Tensor) -> Tensor:
+        if not self.heads.shared:
+            return self._heads_of(projection, x)
+        rows = slice(self.heads.kv.start * self.config.head_dim, self.heads.kv.stop * self.config.head_dim)
+        bias = None if projection.bias is None else projection.bias[rows]
+        return F.linear(x, projection.weight[rows], bias).unflatten(-1, (-1, self.config.head_dim))
+
+    def boxes(self) -> dict[str, Box]:
+        """Where the split parameters stand in the whole ones."""
+        config, d = self.config, self.config.head_dim
+        q_start, q_total = self.heads.query.start * d, config.num_heads * d
+        boxes = linear_boxes("q", self.q, 0, q_start, q_total) | linear_boxes("out", self.out, 1, q_start, q_total)
+        if not self.heads.shared:
+            for name, linear in (("k", self.k), ("v", self.v)):
+                boxes |= linear_boxes(name, linear, 0, self.heads.kv.start * d, config.kv_heads * d)
+        return boxes

@@ -18,14 +18,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from longspan.model import hf_configs, hf_export, hf_files
 from longspan.model.config import DecoderConfig
 from longspan.model.decoder import DecoderLM, build
 from longspan.model.hf_files import TensorFiles
 from longspan.model.hf_names import Stored, gpt2_names, llama_names
-from longspan.model.shards import Region, fill, is_sharded
+from longspan.model.shards import Collector, Region, fill
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,13 +105,13 @@ def load_into(model: DecoderLM, path: str | os.PathLike[str]) -> None:
     architecture = _architecture(_config_json(folder))
     files = TensorFiles(folder)
     parameters = dict(model.named_parameters())
-    plan = _match(architecture, model, files, folder)
+    plan, shapes, boxes = *_match(architecture, model, files, folder), model.boxes()
     for entry, name in plan:
         start = 0
         for ours in entry.ours:
-            parameter = parameters[ours]
-            fill(parameter, _reader(files, name, start, entry.transposed))
-            start += parameter.shape[0]
+            if ours in parameters:
+                fill(parameters[ours], _reader(files, name, start, entry.transposed), boxes.get(ours))
+            start += shapes[ours][0]
 
 
 def _reader(files: TensorFiles, name: str, start: int, transposed: bool) -> Callable[[Region], Tensor]:
@@ -125,10 +124,13 @@ def _reader(files: TensorFiles, name: str, start: int, transposed: bool) -> Call
     return read
 
 
-def _match(architecture: Architecture, model: DecoderLM, files: TensorFiles, folder: Path) -> list[tuple[Stored, str]]:
-    """Every tensor the model wants beside its name in the files; all that does not fit is refused here."""
+def _match(
+    architecture: Architecture, model: DecoderLM, files: TensorFiles, folder: Path
+) -> tuple[list[tuple[Stored, str]], dict[str, tuple[int, ...]]]:
+    """Every tensor the whole model wants beside its name in the files, and the shapes of its parameters; all that does
+    not fit is refused here."""
     bare = not any(name.startswith(architecture.prefix) for name in files)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = _shapes(model.config)
     plan: list[tuple[Stored, str]] = []
     missing: list[str] = []
     for entry in _names(architecture, model.config, shapes, folder):
@@ -158,7 +160,7 @@ def _match(architecture: Architecture, model: DecoderLM, files: TensorFiles, fol
             f"{folder} may hold only the model's tensors, got {sorted(surplus)[0]!r} and "
             f"{len(surplus) - 1} more: the config does not ask for it"
         )
-    return plan
+    return plan, shapes
 
 
 def _names(architecture: Architecture, config: DecoderConfig, shapes: Mapping[str, Any], folder: Path) -> list[Stored]:
@@ -222,8 +224,8 @@ def save_pretrained(
     """Writes a folder that transformers loads with equal logits. config.json comes last: without it a folder is no
     checkpoint.
 
-    With DTensor parameters every rank must call; each tensor is gathered in turn and rank 0 writes. Otherwise call it
-    on one rank.
+    With DTensor parameters every rank must call, each with its part of the model; each tensor is gathered in turn and
+    rank 0 writes. Otherwise call it on one rank.
 
     Args:
         path: folder, made where absent; it must not hold a checkpoint yet.
@@ -246,20 +248,20 @@ def save_pretrained(
             )
     if max_file_bytes < 1:
         raise ValueError(f"max_file_bytes must be positive, got {max_file_bytes}: 5_000_000_000 is usual")
-    parameters = dict(model.named_parameters())
-    dtype = dtype or next(iter(parameters.values())).dtype
+    dtype = dtype or next(model.parameters()).dtype
     values |= {"torch_dtype": str(dtype).removeprefix("torch."), **(extra or {})}
-    shapes = {ours: tuple(parameter.shape) for ours, parameter in parameters.items()}
+    shapes = _shapes(model.config)
     stored = {entry.name: entry for entry in ARCHITECTURES[name].names(model.config)}
     num_bytes = {
         theirs: torch.Size(entry.shape(shapes)).numel() * hf_files.itemsize(dtype) for theirs, entry in stored.items()
     }
     files = hf_files.plan_files(num_bytes, max_file_bytes)
 
-    relay = _Relay(sharded=is_sharded(model))
+    collector = Collector(model, model.boxes())
+    relay = _Relay(sharded=not collector.alone)
     relay.run(lambda: _prepare(folder))
     for file, names in files.items():
-        tensors = {theirs: _gather(stored[theirs], parameters, dtype, keep=relay.writes) for theirs in names}
+        tensors = {theirs: _gather(stored[theirs], collector, shapes, dtype) for theirs in names}
         relay.run(lambda file=file, tensors=tensors: hf_files.write_tensors(folder / file, tensors))
     relay.run(lambda: _finish(folder, values, files, sum(num_bytes.values())))
 
@@ -306,14 +308,19 @@ def _describe(config: DecoderConfig, architecture: str | None) -> tuple[str, dic
     raise ValueError(f"no Hugging Face architecture can hold this model: {'; '.join(reasons)}")
 
 
-def _gather(entry: Stored, parameters: Mapping[str, Tensor], dtype: torch.dtype, *, keep: bool) -> Tensor:
-    parts = []
-    for name in entry.ours:
-        parameter = parameters[name].detach()
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        parts.append(whole.to("cpu", dtype) if keep else torch.empty(0))
-    joined = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return joined.t() if entry.transposed and keep else joined
+def _gather(entry: Stored, collector: Collector, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Tensor:
+    """A stored tensor, on the rank that writes; elsewhere nothing."""
+    parts = [collector.whole(name, shapes[name]) for name in entry.ours]
+    if not collector.first:
+        return torch.empty(0)
+    there = [part.detach().to("cpu", dtype) for part in parts if part is not None]
+    joined = torch.cat(there) if len(there) > 1 else there[0]
+    return joined.t() if entry.transposed else joined
+
+
+def _shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Of the whole model's parameters."""
+    return {name: tuple(parameter.shape) for name, parameter in build(config).named_parameters()}
 
 
 def _prepare(folder: Path) -> None:

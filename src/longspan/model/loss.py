@@ -10,15 +10,29 @@ softcap c the logits are c·tanh(z/c) and dz gains the factor 1 - (logit/c)².
 Cost for n tokens: 2·n·V·dim FLOPs forward, 6·n·V·dim when gradients are wanted (nothing is computed twice). Memory: one
 chunk of logits (two with a softcap) and the gradients themselves, dW in fp32 and dh in the dtype of h. On a CPU, half
 precision adds one fp32 copy of W, because there a product of half-precision matrices cannot be had in fp32.
+
+Loss parallelism (Megatron-LM, arXiv:1909.08053, section 3): with `words`, each rank of a group has a run of the head's
+rows and logits; a chunk costs two all-reduces, of one and of two numbers for each token.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 IGNORED = -100
+
+
+class Words(NamedTuple):
+    """The run of the vocabulary whose rows of the head this rank holds, the others of `group` holding the rest."""
+
+    start: int
+    total: int
+    group: dist.ProcessGroup | None
 
 
 def chunked_cross_entropy(
@@ -28,6 +42,7 @@ def chunked_cross_entropy(
     *,
     chunk_tokens: int = 1024,
     softcap: float | None = None,
+    words: Words | None = None,
 ) -> tuple[Float[Tensor, ""], Int64[Tensor, ""]]:
     """Summed cross-entropy of the logits `hidden · weightᵀ` against `labels`, and the number of labels counted.
 
@@ -37,6 +52,8 @@ def chunked_cross_entropy(
         labels: the token to predict at each position; -100 = no label there.
         chunk_tokens: rows whose logits exist at one time; the memory of the call is 4·chunk_tokens·vocab bytes.
         softcap: logits become softcap·tanh(logits / softcap).
+        words: the part of the vocabulary that `weight` holds; None: all. All ranks of its group have the same `hidden`
+            and `labels`, and call together; the gradient of `hidden` is then this rank's addend of it.
 
     Returns:
         The sum (not the mean) of the losses in nats, fp32 (fp64 for fp64 inputs), and the number of labels counted.
@@ -46,14 +63,14 @@ def chunked_cross_entropy(
             on a GPU the gather's own assertion stops the run), or an option out of its range.
         RuntimeError: backward with create_graph=True, since the gradients here are constants to autograd.
     """
-    _check(hidden, weight, labels, chunk_tokens, softcap)
+    _check(hidden, weight, labels, chunk_tokens, softcap, weight.shape[0] if words is None else words.total)
     want_grads = torch.is_grad_enabled()
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_tokens, softcap, want_grads)
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_tokens, softcap, words, want_grads)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, chunk_tokens, softcap, want_grads):
+    def forward(ctx, hidden, weight, labels, chunk_tokens, softcap, words, want_grads):
         # needs_input_grad stays true under no_grad, hence the extra flag from outside.
         want_hidden = want_grads and ctx.needs_input_grad[0]
         want_weight = want_grads and ctx.needs_input_grad[1]
@@ -71,7 +88,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 chunk = product.prepare(rows[start : start + chunk_tokens])
                 target = targets[start : start + chunk_tokens, None]
                 losses, dlogits = _chunk(
-                    product.mm(chunk, product.weight.t()), target, softcap, want_hidden or want_weight
+                    product.mm(chunk, product.weight.t()), target, softcap, words, want_hidden or want_weight
                 )
                 sum_loss += losses.sum()
                 if dlogits is None:
@@ -99,7 +116,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             dhidden = (dhidden * grad).to(dhidden.dtype).reshape(ctx.shape)
         if dweight is not None:
             dweight = (dweight * grad).to(ctx.weight_dtype)
-        return dhidden, dweight, None, None, None, None
+        return dhidden, dweight, None, None, None, None, None
 
 
 class _Product:
@@ -119,7 +136,9 @@ class _Product:
         return torch.mm(x, y, out_dtype=self.accumulate) if self.native else torch.mm(x, y)
 
 
-def _chunk(logits: Tensor, target: Tensor, softcap: float | None, want_grad: bool) -> tuple[Tensor, Tensor | None]:
+def _chunk(
+    logits: Tensor, target: Tensor, softcap: float | None, words: Words | None, want_grad: bool
+) -> tuple[Tensor, Tensor | None]:
     """Loss per row, and the gradient of the summed loss by the logits before the softcap. Overwrites `logits`."""
     slope = None
     if softcap is not None:
@@ -127,22 +146,34 @@ def _chunk(logits: Tensor, target: Tensor, softcap: float | None, want_grad: boo
         slope = 1 - squashed.square() if want_grad else None
         logits = squashed.mul_(softcap)
     ignored = target == IGNORED
-    index = target.masked_fill(ignored, 0)
-    picked = logits.gather(1, index)
+    absent = ignored  # labels without a column here
+    if words is not None:
+        target = target - words.start
+        absent = ignored | (target < 0) | (target >= logits.shape[1])
+    index = target.masked_fill(absent, 0)
+    picked = logits.gather(1, index).masked_fill_(absent, 0)
     largest = logits.amax(1, keepdim=True)
+    if words is not None:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=words.group)
     probabilities = logits.sub_(largest).exp_()
     total = probabilities.sum(1, keepdim=True)
+    if words is not None:
+        both = torch.cat([total, picked], 1)
+        dist.all_reduce(both, group=words.group)
+        total, picked = both[:, :1], both[:, 1:]
     losses = (total.log() + largest - picked).masked_fill_(ignored, 0)
     if not want_grad:
         return losses, None
     dlogits = probabilities.div_(total)
-    dlogits.scatter_add_(1, index, torch.full_like(picked, -1))
+    dlogits.scatter_add_(1, index, absent.to(dlogits.dtype).sub_(1))
     if slope is not None:
         dlogits.mul_(slope)
     return losses, dlogits.masked_fill_(ignored, 0)
 
 
-def _check(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, softcap: float | None) -> None:
+def _check(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, softcap: float | None, vocab_size: int
+) -> None:
     if hidden.ndim != 3 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"hidden must be (b, l, dim) and weight (vocab, dim) with one dim, got {tuple(hidden.shape)} and "
@@ -159,9 +190,9 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, so
         raise ValueError(f"softcap must be positive, got {softcap}; use None for no cap")
     # A GPU would have to wait for this, and a traced or fake tensor has no values.
     if labels.device.type == "cpu" and type(labels) is Tensor and not torch.compiler.is_compiling():
-        wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= weight.shape[0]))]
+        wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= vocab_size))]
         if wrong.numel():
             raise ValueError(
-                f"labels must lie in 0..{weight.shape[0] - 1} or be {IGNORED}, got {wrong[0].item()}; "
+                f"labels must lie in 0..{vocab_size - 1} or be {IGNORED}, got {wrong[0].item()}; "
                 "is the tokenizer's vocabulary larger than the model's?"
             )

@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longspan.layout.tensor_parallel import WHOLE, TensorSplit, linear_boxes
+from longspan.layout.weights import Box
 from longspan.mixers.contract import Context
 from longspan.mixers.norm import RMSNorm
 from longspan.mixers.rotary import Rotary
@@ -45,45 +47,59 @@ class Mlp(nn.Module):
     once and not inner_size · l. The result is the same; the forward of the mlp runs twice in training.
     """
 
-    def __init__(self, config: MlpConfig, hidden_size: int) -> None:
+    def __init__(self, config: MlpConfig, hidden_size: int, split: TensorSplit = WHOLE) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.split = config, split
         self.tile: int | None = None
-        self.gate = nn.Linear(hidden_size, config.inner_size, bias=config.bias) if config.kind == "swiglu" else None
-        self.up = nn.Linear(hidden_size, config.inner_size, bias=config.bias)
-        self.down = nn.Linear(config.inner_size, hidden_size, bias=config.bias)
+        inner = len(split.share(config.inner_size))
+        self.gate = nn.Linear(hidden_size, inner, bias=config.bias) if config.kind == "swiglu" else None
+        self.up = nn.Linear(hidden_size, inner, bias=config.bias)
+        self.down = nn.Linear(inner, hidden_size, bias=config.bias)
 
-    def forward(self, x: Float[Tensor, "b l c"]) -> Float[Tensor, "b l c"]:
-        """Mixes the channels of every token alone."""
+    def forward(self, x: Float[Tensor, "b l c"]) -> Float[Tensor, "b m c"]:
+        """Mixes the channels of every token alone; m is l unless the inner channels are split."""
         if self.tile is None or self.tile >= x.shape[1]:
-            return self._mix(x)
-        if not torch.is_grad_enabled():
-            return torch.cat([self._mix(tile) for tile in x.split(self.tile, dim=1)], dim=1)
-        tiles = [checkpoint(self._mix, tile, use_reentrant=False) for tile in x.split(self.tile, dim=1)]
-        return torch.cat(tiles, dim=1)
+            out = self._mix(x)
+        elif not torch.is_grad_enabled():
+            out = torch.cat([self._mix(tile) for tile in x.split(self.tile, dim=1)], dim=1)
+        else:
+            tiles = [checkpoint(self._mix, tile, use_reentrant=False) for tile in x.split(self.tile, dim=1)]
+            out = torch.cat(tiles, dim=1)
+        return self.split.total(out, self.down)
 
     def _mix(self, x: Tensor) -> Tensor:
         if self.gate is not None:
-            return self.down(F.silu(self.gate(x)) * self.up(x))
-        return self.down(F.gelu(self.up(x), approximate="tanh" if self.config.kind == "gelu_tanh" else "none"))
+            inner = F.silu(self.gate(x)) * self.up(x)
+        else:
+            inner = F.gelu(self.up(x), approximate="tanh" if self.config.kind == "gelu_tanh" else "none")
+        return self.split.partial(inner, self.down)
+
+    def boxes(self) -> dict[str, Box]:
+        """Where the split parameters stand in the whole ones."""
+        start, total = self.split.share(self.config.inner_size).start, self.config.inner_size
+        boxes = linear_boxes("up", self.up, 0, start, total) | linear_boxes("down", self.down, 1, start, total)
+        return boxes if self.gate is None else boxes | linear_boxes("gate", self.gate, 0, start, total)
 
 
 class Block(nn.Module):
     """One layer: token mixer and channel mixer with pre-norms, one after the other or side by side."""
 
-    def __init__(self, config: DecoderConfig, layer: int, rotary: Rotary | None) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, rotary: Rotary | None, split: TensorSplit = WHOLE) -> None:
         super().__init__()
-        width = config.hidden_size
+        self.split, width = split, config.hidden_size
         self.norm_mixer = make_norm(config.norm, width)
-        self.mixer = Attention(config.attention, width, layer=layer, window=config.window(layer), rotary=rotary)
+        self.mixer = Attention(
+            config.attention, width, layer=layer, window=config.window(layer), rotary=rotary, split=split
+        )
         # Side by side, both read the one norm.
         self.norm_mlp = make_norm(config.norm, width) if config.wiring == "sequential" else None
-        self.mlp = Mlp(config.mlp, width)
+        self.mlp = Mlp(config.mlp, width, split)
 
-    def forward(self, x: Float[Tensor, "b l c"], ctx: Context) -> Float[Tensor, "b l c"]:
-        """The layer's output, residuals added."""
-        normed = self.norm_mixer(x)
+    def forward(self, x: Float[Tensor, "b m c"], ctx: Context) -> Float[Tensor, "b m c"]:
+        """The layer's output, residuals added; m is the context's number of tokens unless weights are split."""
+        num_tokens = ctx.positions.shape[0]
+        normed = self.split.gather(self.norm_mixer(x), num_tokens)
         if self.norm_mlp is None:
             return x + self.mixer(normed, ctx) + self.mlp(normed)
         x = x + self.mixer(normed, ctx)
-        return x + self.mlp(self.norm_mlp(x))
+        return x + self.mlp(self.split.gather(self.norm_mlp(x), num_tokens))

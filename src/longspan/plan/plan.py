@@ -1,7 +1,6 @@
 """A plan is data: how a model's training is split over devices, written by a person or by a planner.
 
-Frozen, JSON-serialisable and edited by hand; trainer and server execute it. Axes other than data and context have
-their place in the form, and the trainer refuses them by name until it can run them.
+Frozen, JSON-serialisable and edited by hand; trainer and server execute it.
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ from longspan.context.methods import builder, check_name
 Shard = Literal["none", "zero2", "zero3"]
 Recompute = Literal["none", "full", "attention"]
 Precision = Literal["auto", "fp32", "bf16"]
+PipelineSchedule = Literal["gpipe", "1f1b", "interleaved", "looped_bfs", "zero_bubble", "zbv", "dualpipev"]
+SEVERAL_STAGES = ("interleaved", "looped_bfs", "zero_bubble", "zbv", "dualpipev")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,9 +29,16 @@ class Plan:
     Args:
         data: ranks that draw different rows.
         context: ranks that share each sequence; 0 stands for all ranks that ``data`` leaves.
-        tensor, pipeline, expert: further axes, 1 for now.
+        tensor: ranks that share every weight (heads, inner channels, vocabulary) and, between split parts, tokens.
+        pipeline: ranks that share the layers.
+        expert: ranks that share the experts; they draw different rows, as data ranks do.
+        pipeline_schedule: order of micro-batches: "gpipe" (arXiv:1811.06965), "1f1b" (arXiv:2006.09503), "interleaved"
+            (arXiv:2104.04473), "looped_bfs" (arXiv:2211.05953), "zero_bubble" (arXiv:2401.10241), "zbv"
+            (arXiv:2405.15362), "dualpipev".
+        stages: pipeline stages of each rank: 1 for "gpipe" and "1f1b", 2 for "zbv" and "dualpipev"; 0 for the usual.
         shard: who holds parameters, gradients and optimiser state: "none" (every rank all of it), "zero2" (gradients
             and optimiser state split over data x context), "zero3" (parameters too).
+        replicas: copies of what is sharded, each over an equal part of the data ranks (HSDP); 1 for one copy.
         recompute: activation checkpointing: "none", "full" (each block), "attention" (each block but its attention,
             whose output is kept: LightSeq).
         method, layout: context-parallel method, as "usp:4" or "ulysses+burst" too, and token layout. Method "auto" is
@@ -46,7 +54,10 @@ class Plan:
     tensor: int = 1
     pipeline: int = 1
     expert: int = 1
+    pipeline_schedule: PipelineSchedule = "1f1b"
+    stages: int = 0
     shard: Shard = "none"
+    replicas: int = 1
     recompute: Recompute = "none"
     method: str = "auto"
     layout: str = "auto"
@@ -54,32 +65,73 @@ class Plan:
     mlp_tile: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("data", "tensor", "pipeline", "expert"):
+        for name in ("data", "tensor", "pipeline", "expert", "replicas"):
             if getattr(self, name) < 1:
                 raise ValueError(f"a plan's {name} must be at least 1, got {getattr(self, name)}; leave it out for 1")
-        for name in ("context", "mlp_tile"):
+        for name in ("context", "mlp_tile", "stages"):
             if getattr(self, name) < 0:
                 raise ValueError(f"a plan's {name} must be 0 or more, got {getattr(self, name)}; leave it out")
-        for name, kind in (("shard", Shard), ("recompute", Recompute), ("precision", Precision)):
+        choices = {
+            "shard": Shard,
+            "recompute": Recompute,
+            "precision": Precision,
+            "pipeline_schedule": PipelineSchedule,
+        }
+        for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(
                     f"a plan's {name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}"
                 )
+        if self.replicas > 1 and self.shard == "none":
+            raise ValueError(
+                f"replicas are copies of sharded weights, got {self.replicas} with shard none; set shard to zero2 or "
+                "zero3"
+            )
+        if self.data % self.replicas:
+            raise ValueError(
+                f"a plan's replicas must divide data, got {self.replicas} for data {self.data}; change one"
+            )
+        self._check_stages()
         if self.method != "auto":
             check_name(self.method)
         if self.layout != "auto":
             check_layout_name(self.layout)
+
+    def _check_stages(self) -> None:
+        schedule, several = self.pipeline_schedule, self.pipeline_schedule in SEVERAL_STAGES
+        if self.pipeline == 1:
+            if self.stages > 1:
+                raise ValueError(f"stages are of a pipeline, got {self.stages} with pipeline 1; leave stages out")
+        elif self.stages and (self.stages > 1) != several:
+            raise ValueError(
+                f"a pipeline by {schedule} has {'several stages' if several else 'one stage'} on a rank, got "
+                f"{self.stages}; leave stages out for the usual number"
+            )
+        elif schedule in ("zbv", "dualpipev") and self.stages not in (0, 2):
+            raise ValueError(f"a pipeline by {schedule} has 2 stages on a rank, got {self.stages}; leave stages out")
+
+    def axes(self) -> dict[str, int]:
+        """Sizes of the axes in use, data and context always among them."""
+        names = ("data", "context", "tensor", "pipeline", "expert")
+        return {name: getattr(self, name) for name in names if name in names[:2] or getattr(self, name) > 1}
+
+    @property
+    def row_ranks(self) -> int:
+        """Ranks that draw different rows."""
+        return self.data * self.expert
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Pipeline stages of each rank, the usual number resolved."""
+        return self.stages or (2 if self.pipeline > 1 and self.pipeline_schedule in SEVERAL_STAGES else 1)
 
     def fit(self, world: int) -> Plan:
         """The plan with ``context`` resolved. Raises ValueError where axes or method do not fit ``world`` ranks."""
         fixed = self.data * self.tensor * self.pipeline * self.expert
         context = self.context or max(1, world // fixed)
         if fixed * context != world:
-            axes = f"data {self.data} x context {context}"
-            axes += "".join(
-                f" x {name} {getattr(self, name)}"
-                for name in ("tensor", "pipeline", "expert")
-                if getattr(self, name) > 1
+            axes = " x ".join(
+                f"{name} {size}" for name, size in dataclasses.replace(self, context=context).axes().items()
             )
             raise ValueError(
                 f"a plan's axes must multiply to the number of ranks, got {axes} for {world} ranks; change the plan or "

@@ -28,12 +28,11 @@ import logging
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Mapping
-from datetime import timedelta
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -43,6 +42,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from longspan.layout.weights import Box
+from longspan.train.accord import Accord, Failure, failure_of, outcome_of, say
 from longspan.train.manifest import (
     FORMAT,
     CheckpointError,
@@ -58,6 +59,8 @@ from longspan.train.manifest import (
 from longspan.train.state import (
     Writer,
     check_same_architecture,
+    described,
+    held,
     model_state,
     optimizer_state,
     parameter_of,
@@ -67,13 +70,6 @@ from longspan.train.state import (
 log = logging.getLogger(__name__)
 
 PARTIAL, REPLACED = ".partial", ".old"
-
-
-class _Failure(NamedTuple):
-    """Why a save did not land; `expected` for what a full or failing disk does, which must not stop the training."""
-
-    reason: str
-    expected: bool
 
 
 class CheckpointStore:
@@ -100,19 +96,14 @@ class CheckpointStore:
         self.keep = keep
         self.read_only = read_only
         self._thread: threading.Thread | None = None
-        self._failure: _Failure | None = None
-        self._group: dist.ProcessGroup | None = None
-        self.rank, self.world_size = 0, 1
-        if dist.is_initialized():
-            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-            assert isinstance(group, dist.ProcessGroup)
-            self._group = group
-            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        else:
+        self._failure: Failure | None = None
+        self._accord = Accord(timeout_s)
+        self._group, self.rank, self.world_size = self._accord.group, self._accord.rank, self._accord.size
+        if self._group is None:
             # torch says so on every save and load; one process is a supported use here.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         if not read_only:
-            failure = self._on_rank_0(lambda: _guard(self._prepare))
+            failure = self._accord.on_rank_0(lambda: failure_of(self._prepare))
             if failure is not None:
                 raise CheckpointError(
                     f"{directory} cannot hold checkpoints: {failure.reason}; choose another directory"
@@ -153,7 +144,14 @@ class CheckpointStore:
         """
         verify_files(Path(path))
 
-    def save_async(self, step: int, model: nn.Module, optimizer: Optimizer | None, meta: Mapping[str, Any]) -> None:
+    def save_async(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        meta: Mapping[str, Any],
+        boxes: Mapping[str, Box] = MappingProxyType({}),
+    ) -> None:
         """Copies the state now and writes it in the background. Waits for the previous save first.
 
         A full or failing disk does not raise: the last good checkpoint stays, one warning is logged, `wait` returns
@@ -161,6 +159,8 @@ class CheckpointStore:
 
         Args:
             meta: JSON values: config, plan, position in the data, ... Rank 0's is stored.
+            boxes: where parameters stand that are parts of whole ones (`DecoderLM.boxes`). Ranks may hold different
+                parameters, as those of a pipeline do.
 
         Raises:
             ValueError: `meta` is not JSON, `step` is negative, or the store is read-only.
@@ -183,9 +183,9 @@ class CheckpointStore:
         staged = stager.stage(state)
         stager.close()
         assert isinstance(staged, dict)
-        self._failure = _Failure("its writer thread ended early", expected=False)  # until it says otherwise
+        self._failure = Failure("its writer thread ended early", expected=False)  # until it says otherwise
         self._thread = threading.Thread(
-            target=self._save, args=(step, staged, frozen), name="longspan-checkpoint", daemon=True
+            target=self._save, args=(step, held(staged, boxes), frozen), name="longspan-checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -207,24 +207,24 @@ class CheckpointStore:
         try:
             self._failure = self._write(step, state, meta)
         except (OSError, RuntimeError) as error:  # a lost peer: the training's own collectives say which
-            self._failure = _Failure(f"{type(error).__name__}: {error}", expected=False)
+            self._failure = Failure(f"{type(error).__name__}: {error}", expected=False)
         if self._failure is not None and self._failure.expected and self.rank == 0:
             log.warning(
                 "checkpoint of step %d was not saved: %s; training goes on, the last good checkpoint is %s",
                 step, self._failure.reason, "none" if (last := self.latest()) is None else step_name(last),
             )  # fmt: skip
 
-    def _write(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> _Failure | None:
+    def _write(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Failure | None:
         partial = self.directory / (step_name(step) + PARTIAL)  # not there: _prepare and failed saves remove theirs
-        failure = self._on_rank_0(lambda: _guard(lambda: partial.mkdir(parents=True)))
+        failure = self._accord.on_rank_0(lambda: failure_of(lambda: partial.mkdir(parents=True)))
         if failure is None:
             try:
                 writer = Writer(partial)
                 save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
             except CheckpointException as error:  # raised on every rank
                 causes = [cause for cause, _ in error.failures.values()]
-                failure = _Failure(
-                    "; ".join(sorted({_say(cause) for cause in causes})),
+                failure = Failure(
+                    "; ".join(sorted({say(cause) for cause in causes})),
                     all(isinstance(cause, OSError) for cause in causes),
                 )
         files: dict[str, dict[str, Any]] = {}
@@ -236,14 +236,14 @@ class CheckpointStore:
                     files[path.name] = digest_file(path)
 
         if failure is None:
-            failure = _guard(digests)
-        gathered = self._gather((failure, files))
+            failure = failure_of(digests)
+        gathered = self._accord.gather((failure, files))
         failure = next((f for f, _ in gathered if f is not None), None)
         if failure is None:
             everything = {name: entry for _, part in gathered for name, entry in part.items()}
-            failure = self._on_rank_0(lambda: _guard(lambda: self._publish(step, partial, everything, meta)))
+            failure = self._accord.on_rank_0(lambda: failure_of(lambda: self._publish(step, partial, everything, meta)))
         if failure is not None:
-            self._on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
+            self._accord.on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
         return failure
 
     def _publish(self, step: int, partial: Path, files: dict[str, Any], meta: dict[str, Any]) -> None:
@@ -273,7 +273,13 @@ class CheckpointStore:
         except CheckpointError:
             return 0
 
-    def load(self, step: int | None, model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Any]:
+    def load(
+        self,
+        step: int | None,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        boxes: Mapping[str, Box] = MappingProxyType({}),
+    ) -> dict[str, Any]:
         """Loads in place into model and optimiser, whatever ranks and sharding wrote it, and returns `meta`.
 
         Gradients are dropped. The options of the optimiser's parameter groups stay as they are.
@@ -281,21 +287,23 @@ class CheckpointStore:
         Args:
             step: which checkpoint; None: the latest.
             optimizer: None loads the model alone.
+            boxes: as in `save_async`.
 
         Raises:
             CheckpointError: no checkpoint, a damaged file (named, with the newest intact step that remains), another
                 architecture (names the first parameter that differs).
         """
         self.wait()
-        chosen: int = self._on_rank_0(lambda: _guard_value(lambda: self._resolve(step)))
+        chosen: int = self._accord.on_rank_0(lambda: outcome_of(lambda: self._resolve(step)))
         path = self.path(chosen)
-        self._agree(lambda: self._check(chosen))
+        self._accord.agree(lambda: self._check(chosen))
         manifest = read_manifest(path)
         reader = FileSystemReader(path)
         stored = reader.read_metadata().state_dict_metadata
         state = model_state(model)
-        self._agree(
-            lambda: check_same_architecture(path, {k: v for k, v in stored.items() if k.startswith("model/")}, state)
+        of_all = self._accord.union(described(held(state, boxes)))
+        self._accord.agree(
+            lambda: check_same_architecture(path, {k: v for k, v in stored.items() if k.startswith("model/")}, of_all)
         )
         absent: set[str] = set()
         if optimizer is not None:
@@ -304,7 +312,7 @@ class CheckpointStore:
             optimizer.state.clear()
             own = optimizer_state(model, optimizer)
             kept = {key for key in stored if key.startswith("optimizer/")}
-            if extra := sorted(kept - own.keys()):
+            if extra := sorted(kept - self._accord.union(dict.fromkeys(own)).keys()):
                 raise CheckpointError(
                     f"checkpoint {path.name} holds optimiser state {extra[0]} ({len(extra)} such entries) that this "
                     f"{type(optimizer).__name__} does not have; load it with the optimiser that wrote it"
@@ -313,9 +321,9 @@ class CheckpointStore:
             absent = {parameter_of(key) for key in own.keys() - kept}
             state |= {key: value for key, value in own.items() if key in kept}
         try:
-            load(state, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+            load(held(state, boxes), storage_reader=reader, process_group=self._group, no_dist=self._group is None)
         except CheckpointException as error:
-            reasons = "; ".join(sorted({_say(cause) for cause, _ in error.failures.values()}))
+            reasons = "; ".join(sorted({say(cause) for cause, _ in error.failures.values()}))
             raise CheckpointError(f"checkpoint {path.name} could not be read: {reasons}") from None
         set_model_state_dict(model, {k.split("/", 1)[1]: v for k, v in state.items() if k.startswith("model/")})
         if optimizer is not None:
@@ -357,44 +365,3 @@ class CheckpointStore:
             elif path.name.endswith((PARTIAL, REPLACED)) and step_of(path.with_suffix("")) is not None:
                 log.info("removing %s, left by a save that was interrupted", path)
                 shutil.rmtree(path, ignore_errors=True)
-
-    def _gather(self, value: Any) -> list[Any]:
-        if self._group is None:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
-
-    def _on_rank_0(self, call: Callable[[], Any]) -> Any:
-        """Runs `call` on rank 0 and gives its value to all; a CheckpointError is raised on all ranks."""
-        value = [call() if self.rank == 0 else None]
-        if self._group is not None:
-            dist.broadcast_object_list(value, src=0, group=self._group)
-        if isinstance(value[0], CheckpointError):
-            raise value[0]
-        return value[0]
-
-    def _agree(self, call: Callable[[], None]) -> None:
-        """Runs `call` on every rank; if it raises CheckpointError on one, all raise the first one's."""
-        for outcome in self._gather(_guard_value(call)):
-            if isinstance(outcome, CheckpointError):
-                raise outcome
-
-
-def _guard(call: Callable[[], Any]) -> _Failure | None:
-    try:
-        call()
-    except OSError as error:
-        return _Failure(_say(error), expected=True)
-    return None
-
-
-def _guard_value(call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except CheckpointError as error:
-        return error
-
-
-def _say(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -91,7 +91,7 @@ class BatchConfig:
         start_length: length warm-up: rows start this long and double up to ``length``; 0 for none.
         warmup_fraction: part of the steps with rows shorter than ``length``.
         packing: "stream": rows run over document ends under a causal mask; "documents": a token sees its own document.
-        micro_rows: most rows a rank computes at once; 0 for all.
+        micro_rows: most rows a rank computes at once; 0 for all, and for 1 with a pipeline.
     """
 
     steps: int = 100

@@ -13,6 +13,7 @@ from longspan.layout.mesh import Mesh
 from longspan.model.decoder import DecoderLM
 from longspan.train.data.batches import NO_LABEL
 from longspan.train.data.evaluation import HeldOutWindows
+from longspan.train.pipeline import Micro, Pipeline
 from longspan.train.prepare import Prepare, Prepared
 
 _TOKENS_AT_ONCE = 16384
@@ -25,7 +26,7 @@ def make_context(
     mask = masks.causal(num_tokens)
     prepared = prepare.of(mask, rows)
     ctx = SequenceContext(
-        mask, mesh.context_group, method=prepare.method, layout=prepared.layout, device=device, where=prepare.where
+        mask, mesh.context.group, method=prepare.method, layout=prepared.layout, device=device, where=prepare.where
     )
     ctx.renew(mask, built=prepared.built)
     return ctx, prepared
@@ -40,26 +41,33 @@ def reduce_sums(values: list[float]) -> list[float]:
 
 @torch.no_grad()
 def total_nats(
-    model: DecoderLM, windows: HeldOutWindows, prepare: Prepare, mesh: Mesh, device: torch.device
+    model: DecoderLM,
+    windows: HeldOutWindows,
+    prepare: Prepare,
+    mesh: Mesh,
+    device: torch.device,
+    pipeline: Pipeline | None = None,
 ) -> tuple[float, int]:
     """(sum of losses in nats, number of labels) of held-out windows, over all ranks. Collective."""
     num_windows, context = windows.tokens.shape
     at_once = max(1, _TOKENS_AT_ONCE // context)
     ctx, _ = make_context(context, prepare, mesh, device, rows=at_once)
     nats, labels = 0.0, 0
-    step = at_once * mesh.data_size
+    step = at_once * mesh.rows_size
     for first in range(0, num_windows, step):
-        start = first + mesh.data_rank * at_once
+        start = first + mesh.rows_rank * at_once
         rows = windows.tokens[start : start + at_once], windows.labels[start : start + at_once]
         if not len(rows[0]):  # every rank must run the model: collectives wait for all
             rows = windows.tokens[:1], torch.full_like(windows.labels[:1], NO_LABEL)
-        loss, count = model.loss(_local(rows[0], ctx, device), _local(rows[1], ctx, device), ctx)
-        nats, labels = nats + float(loss), labels + int(count)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # without a backward, parameters would stay gathered, and exports would not be sharded
-    total, number = reduce_sums([nats, float(labels)])
-    return total, int(number)
+        micro = Micro(_local(rows[0], ctx, device), _local(rows[1], ctx, device), ctx)
+        nats += float(model.loss(*micro)[0]) if pipeline is None else pipeline.loss(micro)
+        labels += int((micro.labels != NO_LABEL).sum())
+    for root in [model] if pipeline is None else pipeline.stages:
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # without a backward, parameters would stay gathered, and exports not be sharded
+    total, number = reduce_sums([nats / mesh.tensor.size, labels / (mesh.tensor.size * mesh.pipeline.size)])
+    return total, round(number)
 
 
 def _local(x: Tensor, ctx: SequenceContext, device: torch.device) -> Tensor:

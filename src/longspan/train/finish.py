@@ -21,6 +21,7 @@ from longspan.context.geometry import Geometry
 from longspan.context.schedule import Sizes
 from longspan.context.timeline import timeline
 from longspan.hardware.devices import devices
+from longspan.model import cost
 from longspan.model.config import LearnedPositionsConfig
 from longspan.model.generate import generate
 from longspan.model.huggingface import load_pretrained, save_pretrained
@@ -147,7 +148,7 @@ def _report(
     length = setting.batches.max_length
     mask = masks.causal(length)
     rows_of_step = next(stage.rows for stage in setting.batches.stages if stage.length == length)
-    parts = plan.data * setting.batches.num_micro(rows_of_step, plan.data)
+    parts = plan.row_ranks * setting.batches.num_micro(rows_of_step, plan.row_ranks)
     prepared = trainer.prepare.of(mask, -(-rows_of_step // parts))
     method, layout = next(iter(prepared.built.values())).method, prepared.layout
     attention = setting.decoder.attention
@@ -161,22 +162,24 @@ def _report(
         {
             "rank": rank,
             "device": trainer.device.type,
-            "tokens": layout.local_sizes[rank % plan.context],
-            "mask_area": geometry.area((layout.owned(rank % plan.context),), ((0, length),)),
+            "tokens": layout.local_sizes[place],
+            "mask_area": geometry.area((layout.owned(place),), ((0, length),)),
             "memory_bytes": peak,
         }
         for rank, peak in enumerate(outcome.peak_bytes)
+        for place in [rank // plan.tensor % plan.context]
     ]
     ownership = [
         [(s.start, s.start + (s.num_tokens - 1) * s.step + 1, s.step) for s in segments if s.num_tokens]
         for segments in layout.ranks
     ]
-    parameters = sum(p.numel() for p in trainer.model.parameters())
+    parameters = sum(cost.parameters(setting.decoder).values())
+    axes = " × ".join(f"{name} {size}" for name, size in plan.axes().items())
     return ReportData(
         title=f"longspan: {config.out.name}",
         summary=(
             f"{parameters:,} parameters, {outcome.steps} steps in {outcome.elapsed_s:.0f} s on {dist.get_world_size()} "
-            f"ranks (data {plan.data} × context {plan.context}), sequences up to {length:,} tokens."
+            f"ranks ({axes}), sequences up to {length:,} tokens."
         ),
         headline=headline,
         steps=[r for r in records if r["kind"] == "step"],

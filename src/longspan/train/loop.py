@@ -22,14 +22,17 @@ from longspan.attention import masks
 from longspan.context.sequence import SequenceContext
 from longspan.hardware.devices import peak_memory_bytes
 from longspan.layout.mesh import Mesh, make_mesh
+from longspan.layout.tensor_parallel import sum_over
 from longspan.model.config import DecoderConfig
 from longspan.model.decoder import DecoderLM, build, init_weights
 from longspan.model.huggingface import load_into
+from longspan.model.part import ModelPart
 from longspan.plan.plan import Plan
 from longspan.train.config import OptimConfig, TrainConfig
 from longspan.train.data.batches import Batch
 from longspan.train.evaluate import make_context, reduce_sums
-from longspan.train.parallel import parallelise
+from longspan.train.parallel import check_plan, parallelise, tensor_split
+from longspan.train.pipeline import Micro, Pipeline, Stage, ranks_of_stages, stage_layers
 from longspan.train.prepare import Prepared, make_prepare
 
 
@@ -39,16 +42,28 @@ class NotFiniteError(RuntimeError):
 
 def make_model(
     config: DecoderConfig, plan: Plan, mesh: Mesh, device: torch.device, seed: int, init: Path | None
-) -> DecoderLM:
-    """A model made on the meta device, split by the plan, of which each rank fills only its own part."""
-    model = build(config, device="meta", dtype=torch.float32)
-    parallelise(model, plan, mesh)
-    model.to_empty(device=device)
+) -> tuple[DecoderLM, Pipeline | None]:
+    """This rank's part of a model, made on the meta device and split by the plan, of which each rank fills only its own
+    part; and its pipeline, where there is one."""
+    ranks, layers = ranks_of_stages(plan), stage_layers(config.num_layers, plan)
+    mine = [index for index, rank in enumerate(ranks) if rank == mesh.pipeline.rank]
+    part = ModelPart(
+        layers=tuple(layer for index in mine for layer in layers[index]),
+        first=mine[0] == 0,
+        last=mine[-1] == len(ranks) - 1,
+        split=tensor_split(mesh),
+    )
+    model = build(config, device="meta", dtype=torch.float32, part=part)
+    model.mlp_tile = plan.mlp_tile or None
+    stages = [] if plan.pipeline == 1 else [Stage(model, index, layers[index]) for index in mine]
+    for root in stages or [model]:
+        parallelise(root, plan, mesh)
+        root.to_empty(device=device)
     if init is None:
         init_weights(model, seed)
     else:
         load_into(model, init)
-    return model
+    return model, Pipeline(stages, plan, mesh.pipeline, device) if stages else None
 
 
 def make_optimizer(model: DecoderLM, config: OptimConfig) -> torch.optim.AdamW:
@@ -67,14 +82,23 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, decoder: DecoderConfig, plan: Plan, device: torch.device) -> None:
         plan = plan.on(device.type)
+        check_plan(plan, decoder)
         self.config, self.plan, self.device = config, plan, device
-        self.world = dist.get_world_size()
-        self.mesh = make_mesh(plan.data, plan.context, shard=plan.shard != "none", device_type=device.type)
-        self.model = make_model(decoder, plan, self.mesh, device, config.seed, config.init)
+        self.mesh = make_mesh(
+            plan.data,
+            plan.context,
+            tensor=plan.tensor,
+            pipeline=plan.pipeline,
+            expert=plan.expert,
+            shard=plan.shard != "none",
+            replicas=plan.replicas,
+            device_type=device.type,
+        )
+        self.model, self.pipeline = make_model(decoder, plan, self.mesh, device, config.seed, config.init)
         self.optimizer = make_optimizer(self.model, config.optim)
         self.prepare = make_prepare(decoder, plan, self.mesh, device)
         self._contexts: dict[tuple[int, int], SequenceContext] = {}
-        self._packed: SequenceContext | None = None
+        self._packed: dict[int, SequenceContext] = {}
         self._chosen: set[tuple[str, ...]] = set()
         self._notes: list[str] = []
 
@@ -84,7 +108,10 @@ class Trainer:
         return notes
 
     def context(self, batch: Batch, prepared: Prepared | None) -> SequenceContext:
-        """The batch's mask over the context ranks; ``prepared`` where the data worker has done so."""
+        """The batch's mask over the context ranks; ``prepared`` where the data worker has done so.
+
+        Without a pipeline, packed batches share one: the backward of the batch before must be over.
+        """
         if batch.lengths is None:
             rows, length = batch.tokens.shape
             if (rows, length) not in self._contexts:
@@ -96,12 +123,13 @@ class Trainer:
         mask, positions = masks.documents(batch.lengths, causal=True), batch.positions().numpy()
         prepared = prepared or self.prepare.of(mask)
         self._note(prepared)
-        if self._packed is None:
-            self._packed = SequenceContext(
-                mask, self.mesh.context_group, method=self.plan.method, layout=prepared.layout, device=self.device
+        place = 0 if self.pipeline is None else batch.micro
+        if place not in self._packed:
+            self._packed[place] = SequenceContext(
+                mask, self.mesh.context.group, method=self.plan.method, layout=prepared.layout, device=self.device
             )
-        self._packed.renew(mask, positions, prepared.built, prepared.layout)
-        return self._packed
+        self._packed[place].renew(mask, positions, prepared.built, prepared.layout)
+        return self._packed[place]
 
     def _note(self, prepared: Prepared) -> None:
         if prepared.why and prepared.names not in self._chosen:
@@ -110,36 +138,63 @@ class Trainer:
 
     def gradients(self, micros: list[tuple[Batch, Prepared | None]]) -> float:
         """Adds the gradient of the mean loss of a step's micro-batches to the parameters; returns the mean loss."""
-        labels = sum(batch.num_labels for batch, _ in micros)
-        # Ranks that share a sequence hold the same batch: count it once.
-        (total,) = reduce_sums([labels / self.mesh.context_size])
+        mesh, labels = self.mesh, sum(batch.num_labels for batch, _ in micros)
+        # Ranks that share a sequence or its layers hold the same batch: count it once.
+        (total,) = reduce_sums([labels / (mesh.context.size * mesh.tensor.size * mesh.pipeline.size)])
         total = max(1.0, round(total))
-        nats = 0.0
-        for index, (batch, prepared) in enumerate(micros):
-            ctx = self.context(batch, prepared)
-            self.model.set_requires_gradient_sync(index == len(micros) - 1)  # type: ignore[attr-defined]
-            tokens, wanted = (ctx.local(x).to(self.device) for x in (batch.tokens, batch.labels))
-            loss, _ = self.model.loss(tokens, wanted, ctx)
-            # FSDP averages gradients over all ranks; the loss is a sum over them.
-            (loss * (self.world / total)).backward()
-            nats += float(loss.detach())
-        (nats,) = reduce_sums([nats])
+        # FSDP averages gradients over the token ranks; the loss is a sum over them.
+        scale, nats = mesh.tokens.size / total, 0.0
+        if self.pipeline is not None:
+            nats = self.pipeline.step([self._micro(*given) for given in micros], scale)
+        else:
+            for index, given in enumerate(micros):
+                self.model.set_requires_gradient_sync(index == len(micros) - 1)  # type: ignore[attr-defined]
+                loss, _ = self.model.loss(*self._micro(*given))
+                (loss * scale).backward()
+                nats += float(loss.detach())
+        self._sum_shared()
+        (nats,) = reduce_sums([nats / mesh.tensor.size])
         return nats / total
+
+    def _micro(self, batch: Batch, prepared: Prepared | None) -> Micro:
+        ctx = self.context(batch, prepared)
+        return Micro(ctx.local(batch.tokens).to(self.device), ctx.local(batch.labels).to(self.device), ctx)
+
+    def _sum_shared(self) -> None:
+        """Adds up gradients of what tensor ranks, or the ends of a pipeline, hold together, each having its addend."""
+        model, mesh = self.model, self.mesh
+        if mesh.tensor.size > 1:
+            split = model.boxes()
+            sum_over(mesh.tensor.group, [p for name, p in model.named_parameters() if name not in split])
+        if mesh.ends is not None and model.config.tie_embeddings and model.embed is not None:
+            sum_over(mesh.ends, [model.embed.weight])
+
+    def gradient_norm(self) -> Tensor:
+        """Euclidean norm of the gradient of all parameters of all ranks, each counted once. Collective."""
+        model, mesh, split = self.model, self.mesh, self.model.boxes()
+        copies, locals_ = [], []
+        for name, parameter in model.named_parameters():
+            if parameter.grad is None:
+                continue
+            twice = name == "embed.weight" and mesh.ends is not None and model.config.tie_embeddings
+            copies.append(mesh.parameters.size(0) * (1 if name in split else mesh.tensor.size) * (2 if twice else 1))
+            locals_.append(parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad)
+        norms = torch.stack([torch.linalg.vector_norm(grad) for grad in locals_])
+        total = (norms.square() / torch.tensor(copies, device=norms.device)).sum()
+        dist.all_reduce(total)
+        return total.sqrt()
 
     def step(self, step: int, num_steps: int, micros: list[tuple[Batch, Prepared | None]]) -> dict[str, float]:
         """One optimiser step. Raises NotFiniteError before the update where loss or gradient is not finite."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.gradients(micros)
-        parameters = list(self.model.parameters())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        loss, norm = self.gradients(micros), self.gradient_norm()
         if not (math.isfinite(loss) and math.isfinite(norm.item())):
             raise NotFiniteError(
                 f"the loss of step {step + 1} is {loss:g} and the gradient's norm {norm.item():g}: stopped before the "
                 f"optimiser step; the largest gradient is in {largest_gradient(self.model)}"
             )
         if self.config.optim.clip:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optim.clip, norm)
         rate = self.config.optim.rate(step, num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -149,23 +204,19 @@ class Trainer:
 
 def largest_gradient(model: DecoderLM) -> str:
     """Name and size of the largest gradient over all ranks, NaN counting as largest. Collective."""
-    names, sizes = [], []
+    worst = ("", 0.0)
     for name, parameter in model.named_parameters():
-        if parameter.grad is None:
-            continue
-        grad = parameter.grad
-        local = grad.to_local() if isinstance(grad, DTensor) else grad
-        size = local.detach().abs().max().double().cpu() if local.numel() else torch.zeros((), dtype=torch.float64)
-        names.append(name)
-        sizes.append(size)
-    values = torch.stack(sizes)
-    unknown = values.isnan()
-    values = torch.where(unknown, torch.tensor(float("inf"), dtype=torch.float64), values)
-    both = torch.stack([values, unknown.double()])
-    dist.all_reduce(both, dist.ReduceOp.MAX)
-    worst = int((both[1] if both[1].any() else both[0]).argmax())  # not by size alone: an inf is as large as a NaN
-    size = "nan" if both[1, worst] else f"{float(both[0, worst]):g}"
-    return f"{names[worst]} ({size})"
+        grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        if grad is not None and grad.numel():
+            worst = max(worst, (name, float(grad.detach().abs().max())), key=lambda found: _badness(found[1]))
+    of_all: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_all, worst)
+    name, size = max(of_all, key=lambda found: _badness(found[1]))
+    return f"{name} ({size:g})"
+
+
+def _badness(size: float) -> tuple[bool, float]:
+    return (True, 0.0) if math.isnan(size) else (False, size)
 
 
 def steps_of(loader: Iterator[tuple[Batch, Any]]) -> Iterator[list[tuple[Batch, Any]]]:

@@ -1,8 +1,9 @@
 """A plan applied to a model from outside: sharding and replication through FSDP2, recomputation, precision.
 
-One path serves all: parameters live on a 2-D mesh (replicate, shard) over data x context. ``shard="none"`` is a mesh
-(world, 1), whose gradients are all-reduced; "zero2" and "zero3" a mesh (1, world), whose gradients are
-reduce-scattered, and "zero3" gathers parameters again in the backward.
+One path serves all: parameters live on a 2-D mesh (replicate, shard) over the ranks that share them. ``shard="none"``
+is a mesh (n, 1), whose gradients are all-reduced; "zero2" and "zero3" a mesh (copies, n / copies), whose gradients are
+reduce-scattered, and "zero3" gathers parameters again in the backward. Tensor and pipeline ranks hold parts of the
+model (``longspan.model.part``), each of which is treated so.
 """
 
 from __future__ import annotations
@@ -12,37 +13,53 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from longspan.layout.mesh import Mesh
+from longspan.layout.tensor_parallel import TensorSplit
+from longspan.model.config import DecoderConfig
 from longspan.model.decoder import DecoderLM
+from longspan.model.part import Layers
 from longspan.model.recompute import apply_recompute
 from longspan.plan.plan import Plan
 
-_NOT_YET = ("tensor", "pipeline", "expert")
+
+def tensor_split(mesh: Mesh) -> TensorSplit:
+    """This rank's part of every weight."""
+    return TensorSplit(mesh.tensor.rank, mesh.tensor.size, mesh.tensor.group)
 
 
-def refuse_unsupported(plan: Plan) -> None:
-    """Raises ValueError for axes that the trainer cannot run yet."""
-    for name in _NOT_YET:
-        if getattr(plan, name) != 1:
-            raise ValueError(
-                f"the trainer runs the axes data and context, got {name} {getattr(plan, name)}; set {name} to 1"
-            )
+def check_plan(plan: Plan, config: DecoderConfig) -> None:
+    """Raises ValueError where a model cannot be split as a plan says."""
+    heads, stages = config.attention.num_heads, plan.pipeline * plan.stages_per_rank
+    if plan.expert != 1:
+        raise ValueError(f"the trainer runs no expert axis yet, got expert {plan.expert}; set expert to 1")
+    if heads < plan.tensor:
+        raise ValueError(
+            f"tensor parallelism needs a query head for every rank, got {heads} heads for tensor {plan.tensor}; use "
+            f"at most {heads}"
+        )
+    if config.num_layers < stages:
+        raise ValueError(
+            f"a pipeline needs a layer for every stage, got {config.num_layers} layers for {stages} stages; use fewer"
+        )
+    if config.tie_embeddings and plan.pipeline > 1 and plan.pipeline_schedule in ("zbv", "dualpipev"):
+        raise ValueError(
+            f"{plan.pipeline_schedule} has first and last stage on one rank, which would hold a tied embedding twice; "
+            "use zero_bubble or 1f1b, or untie them"
+        )
 
 
-def parallelise(model: DecoderLM, plan: Plan, mesh: Mesh) -> None:
-    """Recompute, shard and set precision in place. The model may be on the meta device.
-
-    Raises ValueError for axes that the trainer cannot run yet.
-    """
-    refuse_unsupported(plan)
+def parallelise(root: nn.Module, plan: Plan, mesh: Mesh) -> None:
+    """Recompute, shard and set precision in place. ``root`` has ``blocks``: the model, which may be on the meta device,
+    or a pipeline stage that runs a part of one."""
     if plan.recompute != "none":
-        apply_recompute(model, plan.recompute, keep_ops=(torch.ops.longspan.attention.default,))
-    model.mlp_tile = plan.mlp_tile or None
+        apply_recompute(root, plan.recompute, keep_ops=(torch.ops.longspan.attention.default,))
     policy = MixedPrecisionPolicy()
     if plan.precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     again = plan.shard == "zero3"
-    for block in model.blocks:
-        assert isinstance(block, nn.Module)
+    blocks = root.blocks
+    assert isinstance(blocks, Layers)
+    for block in blocks:
         fully_shard(block, mesh=mesh.parameters, mp_policy=policy, reshard_after_forward=again)
-    fully_shard(model, mesh=mesh.parameters, mp_policy=policy, reshard_after_forward=again)
-    register_fsdp_forward_method(model, "loss")
+    fully_shard(root, mesh=mesh.parameters, mp_policy=policy, reshard_after_forward=again)
+    if isinstance(root, DecoderLM):
+        register_fsdp_forward_method(root, "loss")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+import torch.distributed as dist
 
 from longspan.attention import masks
 from longspan.attention.masks import Mask
@@ -20,6 +21,7 @@ from longspan.context.choose import Where, choose_layout, in_words, layout_of
 from longspan.context.sequence import LayerKind, build_layer, windowed
 from longspan.layout.mesh import Mesh
 from longspan.layout.tokens import Layout
+from longspan.layout.weights import heads
 from longspan.model.config import DecoderConfig
 from longspan.plan.plan import Plan
 from longspan.train.data.batches import Batch
@@ -47,11 +49,13 @@ class Prepare:
     """Prepares masks for one rank. Picklable; equal ones give equal results in any process and in any order.
 
     Args:
-        kinds: the model's kinds of attention layer.
+        kinds: the kinds of attention layer on this rank.
         world, rank: of the ranks that share a sequence.
         method, layout: as the plan has them.
         where: what those ranks run on, the same on all of them; None where nothing is chosen by time, and "auto" is
             the default of mask and ranks.
+        layout_kinds: those by which the layout is chosen, where tensor ranks, which have different kinds, must agree on
+            it; none for ``kinds``.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -60,6 +64,7 @@ class Prepare:
     method: str
     layout: str | None
     where: Where | None
+    layout_kinds: tuple[LayerKind, ...] = ()
 
     def __call__(self, batch: Batch) -> Prepared | None:
         """For a batch of packed documents; plain rows all have one mask, which ``of`` prepares once."""
@@ -72,7 +77,8 @@ class Prepare:
             methods, why = dict.fromkeys(self.kinds, self.method), ""
         else:
             where = replace(self.where, sizes=replace(self.where.sizes, batch=rows))
-            layout, methods, why = _choose(mask, self.kinds, self.world, self.layout, where)
+            by = self.layout_kinds or self.kinds
+            layout, methods, why = _choose(mask, self.kinds, by, self.world, self.layout, where)
         built = {
             kind: build_layer(mask, kind, self.world, self.rank, method, layout) for kind, method in methods.items()
         }
@@ -81,11 +87,16 @@ class Prepare:
 
 @lru_cache(maxsize=64)
 def _choose(
-    mask: Mask, kinds: tuple[LayerKind, ...], world: int, layout_name: str | None, where: Where
+    mask: Mask,
+    kinds: tuple[LayerKind, ...],
+    layout_kinds: tuple[LayerKind, ...],
+    world: int,
+    layout_name: str | None,
+    where: Where,
 ) -> tuple[Layout, dict[LayerKind, str], str]:
     """The layout, by the layers that see most, and on it each kind's method."""
-    seen = {kind: mask if kind[2] is None else windowed(mask, kind[2]) for kind in kinds}
-    widest = max(kinds, key=lambda kind: seen[kind].area)
+    seen = {kind: mask if kind[2] is None else windowed(mask, kind[2]) for kind in (*kinds, *layout_kinds)}
+    widest = max(layout_kinds, key=lambda kind: seen[kind].area)
     given = None if layout_name is None else (layout_of(layout_name, mask, world),)
     layout, choice = choose_layout(seen[widest], world, *widest[:2], where, layouts=given)
     methods = {
@@ -97,29 +108,32 @@ def _choose(
 
 
 def make_prepare(config: DecoderConfig, plan: Plan, mesh: Mesh, device: torch.device) -> Prepare:
-    """For this rank of a run. Collective over the ranks that share a sequence: the first of them says where they run.
+    """For this rank of a run. Collective: the first rank says where those that share a sequence run, for all of them,
+    so that tensor and pipeline ranks choose one layout.
 
     ``plan`` with its precision resolved. Raises ValueError, on all of those ranks, where that cannot be told.
     """
     where = None
-    if plan.method == "auto" and 1 < mesh.context_size <= WHOLE_RANKS:
+    if plan.method == "auto" and 1 < mesh.context.size <= WHOLE_RANKS:
         dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
-        where = where_of(mesh.context_group, device, dtype=dtype, head_dim=config.attention.head_dim)
+        where = where_of(mesh.context.group, device, dtype=dtype, head_dim=config.attention.head_dim)
+        if mesh.tensor.size > 1 or mesh.pipeline.size > 1:
+            said = [where]
+            dist.broadcast_object_list(said, src=0)
+            where = said[0]
     return Prepare(
-        kinds=layer_kinds(config),
-        world=mesh.context_size,
-        rank=mesh.context_rank,
+        kinds=layer_kinds(config, mesh.tensor.size, mesh.tensor.rank),
+        layout_kinds=layer_kinds(config, mesh.tensor.size, 0),
+        world=mesh.context.size,
+        rank=mesh.context.rank,
         method=plan.method,
         layout=None if plan.layout == "auto" else plan.layout,
         where=where,
     )
 
 
-def layer_kinds(config: DecoderConfig) -> tuple[LayerKind, ...]:
-    """The different kinds of attention layer of a model."""
-    attention = config.attention
-    return tuple(
-        dict.fromkeys(
-            (attention.num_heads, attention.kv_heads, config.window(layer)) for layer in range(config.num_layers)
-        )
-    )
+def layer_kinds(config: DecoderConfig, tensor_size: int = 1, tensor_rank: int = 0) -> tuple[LayerKind, ...]:
+    """The different kinds of attention layer of a model, as one of its tensor ranks has them."""
+    own = heads(config.attention.num_heads, config.attention.kv_heads, tensor_size, tensor_rank)
+    windows = (config.window(layer) for layer in range(config.num_layers))
+    return tuple(dict.fromkeys((len(own.query), own.num_kv_heads, window) for window in windows))

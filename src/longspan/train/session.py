@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 def held_out_score(trainer: Trainer, setting: Setting, context: int) -> tuple[float, float]:
     """(nats per token, bits per byte) of the held-out text at one context. Collective."""
     windows = setting.windows[context]
-    nats, labels = total_nats(trainer.model, windows, trainer.prepare, trainer.mesh, trainer.device)
+    nats, labels = total_nats(trainer.model, windows, trainer.prepare, trainer.mesh, trainer.device, trainer.pipeline)
     return nats / labels, bits_per_byte(nats, len(scored_bytes(windows, setting.tokenizer)))
 
 
@@ -120,7 +120,7 @@ def _begin(setting: Setting, store: CheckpointStore, trainer: Trainer) -> tuple[
     config, out = setting.config, setting.config.out
     done, position = 0, None
     if config.resume is not None:
-        meta = store.load(_resume_step(config, store), trainer.model, trainer.optimizer)
+        meta = store.load(_resume_step(config, store), trainer.model, trainer.optimizer, trainer.model.boxes())
         done, position = int(meta["step"]), int(meta["position"])
     if done > setting.batches.num_steps:
         raise ValueError(
@@ -154,15 +154,16 @@ def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> bool:
             setting.batches,
             step=done,
             position=position,
-            data_rank=trainer.mesh.data_rank,
-            data_size=trainer.mesh.data_size,
+            data_rank=trainer.mesh.rows_rank,
+            data_size=trainer.mesh.rows_size,
             prepare=trainer.prepare,
             num_workers=config.data_workers,
         )
 
     def save() -> None:
         meta: dict[str, Any] = {"step": done, "position": position, "config": config.to_dict()}
-        store.save_async(done, trainer.model, trainer.optimizer, meta | {"plan": setting.plan.to_dict()})
+        meta |= {"plan": setting.plan.to_dict()}
+        store.save_async(done, trainer.model, trainer.optimizer, meta, trainer.model.boxes())
 
     def draw_ahead() -> list[tuple[Batch, Any]]:
         nonlocal lost

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -22,7 +22,8 @@ from longspan.train.data.corpus import Corpus, load_splits
 from longspan.train.data.evaluation import HeldOutWindows, fit_held_out, held_out_windows, scored_bytes
 from longspan.train.data.stream import TokenStream
 from longspan.train.data.tokenizers import Tokenizer, load_tokenizer
-from longspan.train.parallel import refuse_unsupported
+from longspan.train.parallel import check_plan
+from longspan.train.pipeline import check_micros
 
 _T = TypeVar("_T")
 _READING = timedelta(hours=12)
@@ -119,9 +120,11 @@ def resolve(
     group = patient_group() if group is None else group
     plan = Plan.read(config.plan_file) if config.plan_file is not None else config.plan
     plan = plan.fit(world).on(device_type)
-    refuse_unsupported(plan)
     batches = config.batch.plan()
-    batches.check(plan.data)
+    if plan.pipeline > 1 and not config.batch.micro_rows:
+        batches = replace(batches, micro_rows=1)
+    batches.check(plan.row_ranks)
+    check_micros(plan, batches)
     if min(stage.length for stage in batches.stages) < plan.context:
         raise ValueError(
             f"a sequence must have a token for every rank that shares it, got rows of "
@@ -133,6 +136,7 @@ def resolve(
     first_on_rank_0(lambda: check_folder(config), group)
     tokenizer = load_tokenizer(config.tokenizer)
     decoder = _decoder(config, tokenizer, batches.max_length)
+    check_plan(plan, decoder)
     check_positions(decoder, batches.max_length, "rows", "--batch.length")
     train, held_out = first_on_rank_0(lambda: load_splits(config.data, tokenizer, config.out / "tokens"), group)
     windows, notes = _windows(config, held_out, tokenizer)

@@ -1,7 +1,8 @@
 """The state of a model and its optimiser as one flat dict of named tensors, the form in which checkpoints hold it.
 
 Names are `model/<parameter or buffer>` and `optimizer/<parameter>/<entry>`; the tensors alias the live ones, and are
-DTensors where the parameters are sharded, so that torch distributed checkpoint can move them between shardings.
+DTensors where the parameters are sharded, so that torch distributed checkpoint can move them between shardings. Under
+tensor parallelism a rank's parameter is a box of the whole one, and stands as a `Held` in what is saved and loaded.
 """
 
 from __future__ import annotations
@@ -11,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -22,7 +28,53 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from longspan.layout.weights import Box
+from longspan.model.shards import local_part
 from longspan.train.manifest import CheckpointError
+
+
+class Held(torch.Tensor):
+    """A part of a whole tensor, as torch distributed checkpoint asks a tensor for its parts. For its planners alone."""
+
+    local: Tensor
+    shape_of_whole: torch.Size
+    place: ChunkStorageMetadata
+
+    @staticmethod
+    def of(tensor: Tensor, box: Box) -> Held:
+        """`tensor`, a DTensor or plain, that stands in a whole one at `box`."""
+        local, region = local_part(tensor, box)
+        held = local.detach().as_subclass(Held)
+        held.local, held.shape_of_whole = local.detach(), torch.Size(box.shape)
+        held.place = ChunkStorageMetadata(torch.Size(r.start for r in region), local.shape)
+        return held
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape_of_whole if dim is None else self.shape_of_whole[dim]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self.place] if self.local.numel() else []
+
+    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
+        if not self.local.numel():
+            return []
+        about = TensorWriteData(
+            chunk=self.place, properties=TensorProperties.create_from_tensor(self.local), size=self.shape_of_whole
+        )
+        return [WriteItem(index=MetadataIndex(fqn, self.place.offsets), type=WriteItemType.SHARD, tensor_data=about)]
+
+    def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
+        return self.local
+
+
+def held(state: Mapping[str, Any], boxes: Mapping[str, Box]) -> dict[str, Any]:
+    """A flat state in which tensors that are parts of whole ones say so; the others are as they were."""
+
+    def part(key: str, value: Any) -> Any:
+        box = boxes.get(name_of(key))
+        return value if box is None or not isinstance(value, Tensor) or value.ndim == 0 else Held.of(value, box)
+
+    return {key: part(key, value) for key, value in state.items()}
 
 
 class Writer(FileSystemWriter):
@@ -52,6 +104,11 @@ def parameter_of(key: str) -> str:
     return key.split("/", 1)[1].rsplit("/", 1)[0]
 
 
+def name_of(key: str) -> str:
+    """The parameter or buffer that a key of the flat state is of."""
+    return parameter_of(key) if key.startswith("optimizer/") else key.split("/", 1)[1]
+
+
 def set_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any], absent: set[str]) -> None:
     full: Any = get_optimizer_state_dict(model, optimizer)
     for key, value in state.items():
@@ -63,19 +120,25 @@ def set_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str,
             optimizer.state.pop(parameter, None)
 
 
-def check_same_architecture(path: Path, stored: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint whose tensors are not those of the model."""
+def described(state: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of the tensors of a state, whole ones where it holds parts."""
+    return {key: (tuple(value.size()), value.dtype) for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def check_same_architecture(
+    path: Path, stored: Mapping[str, Any], model: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+) -> None:
+    """Refuses a checkpoint whose tensors are not those of the model, given as `described` of all ranks together."""
     different = []
-    for key in sorted(stored.keys() | state.keys()):
+    for key in sorted(stored.keys() | model.keys()):
         name = key.split("/", 1)[1]
-        if key not in state:
+        if key not in model:
             different.append(f"{name} is in the checkpoint and not in the model")
         elif key not in stored:
             different.append(f"{name} is in the model and not in the checkpoint")
-        elif isinstance(there := stored[key], TensorStorageMetadata) and isinstance(here := state[key], torch.Tensor):
-            for what, a, b in (
-                ("shape", tuple(there.size), tuple(here.shape)),
-                ("dtype", there.properties.dtype, here.dtype),
+        elif isinstance(there := stored[key], TensorStorageMetadata):
+            for what, a, b in zip(
+                ("shape", "dtype"), (tuple(there.size), there.properties.dtype), model[key], strict=True
             ):
                 if a != b:
                     different.append(f"{name} has {what} {a} in the checkpoint and {b} in the model")

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from longspan.layout.weights import share
 from longspan.train.data.stream import TokenStream
 
 NO_LABEL = -100
@@ -65,13 +66,6 @@ def document_positions(lengths: tuple[int, ...]) -> Int64[Tensor, " s"]:
     return torch.arange(int(sizes.sum()), dtype=torch.int64) - torch.repeat_interleave(starts, sizes)
 
 
-def row_range(rows: int, part: int, num_parts: int) -> tuple[int, int]:
-    """Rows [start, stop) of a part; parts differ by one row at most, larger ones first."""
-    base, extra = divmod(rows, num_parts)
-    start = part * base + min(part, extra)
-    return start, start + base + (part < extra)
-
-
 def draw(
     stream: TokenStream,
     position: int,
@@ -107,7 +101,8 @@ def draw(
         )
     if packing not in ("stream", "documents"):
         raise ValueError(f"packing must be 'stream' or 'documents', got {packing!r}: choose one")
-    first, stop = row_range(rows, data_rank * num_micro + micro, parts)
+    mine = share(rows, parts, data_rank * num_micro + micro)
+    first, stop = mine.start, mine.stop
     count = (stop - first) * length
     window = stream.read(position + first * length, count + 1)
     tokens, labels, lengths = window.tokens[:-1], window.tokens[1:].copy(), None
@@ -247,8 +242,8 @@ def warmup_plan(
     while lengths[-1] < length:
         lengths.append(min(2 * lengths[-1], length))
     shorter = min(round(steps * fraction), steps - 1) if len(lengths) > 1 else 0
-    counts = [row_range(shorter, part, len(lengths) - 1) for part in range(len(lengths) - 1)]
-    sizes = [*(stop - start for start, stop in reversed(counts)), steps - shorter]
+    early = len(lengths) - 1
+    sizes = [*(len(share(shorter, early, part)) for part in reversed(range(early))), steps - shorter]
     stages = []
     for size, stage_length in zip(sizes, lengths, strict=True):
         if tokens is not None and tokens > stage_length and tokens % stage_length:

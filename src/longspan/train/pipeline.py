@@ -1,0 +1,204 @@
+"""Pipeline parallelism: a rank's stages, run by the schedules of torch.distributed.pipelining.
+
+A stage is some layers (of L layers and S stages the first L mod S have one more), the first with the embedding, the
+last with norm, head and loss. Where head and embedding are tied, both stages hold the matrix and their gradients are
+added.
+
+Micro-batches of a step have equal shapes and each its own mask; a stage meets them in order, in whatever schedule. The
+stages are made anew for every shape of micro-batch, which costs milliseconds and no memory: lengths may change from
+step to step.
+
+Sent for a micro-batch of n local tokens of width c: n·c elements from stage to stage forward, as many back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleMulti,
+    PipelineScheduleSingle,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleLoopedBFS,
+    ScheduleZBVZeroBubble,
+)
+
+from longspan.layout.mesh import Axis
+from longspan.layout.weights import share
+from longspan.mixers.contract import Context
+from longspan.model.decoder import DecoderLM
+from longspan.model.part import Layers
+from longspan.plan.plan import Plan
+from longspan.train.data.batches import BatchPlan
+
+SCHEDULES: dict[str, Any] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "looped_bfs": ScheduleLoopedBFS,
+    "zero_bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+
+
+class Micro(NamedTuple):
+    """One micro-batch on one rank: its local tokens (b, l) and labels (b, l), and their context."""
+
+    tokens: Tensor
+    labels: Tensor
+    ctx: Context
+
+
+def ranks_of_stages(plan: Plan) -> list[int]:
+    """The pipeline rank of every stage: round by round, or, for V-shaped schedules, there and back."""
+    there = list(range(plan.pipeline))
+    if plan.pipeline_schedule in ("zbv", "dualpipev"):
+        return there + there[::-1]
+    return there * plan.stages_per_rank
+
+
+class Stage(nn.Module):
+    """One stage as torch's schedules call it: states (ids before the first layer) to states (the loss after the last).
+
+    It holds the very modules of the rank's model that it runs, and is what FSDP2 wraps; ``begin`` gives it a step's
+    micro-batches.
+    """
+
+    def __init__(self, model: DecoderLM, index: int, layers: range) -> None:
+        super().__init__()
+        self.index, self.layers = index, layers
+        first, last = layers.start == 0, layers.stop == model.config.num_layers
+        self.embed = model.embed if first or (last and model.config.tie_embeddings) else None
+        self.embed_positions = model.embed_positions if first else None
+        self.blocks = Layers(zip(layers, model.blocks.of(layers), strict=True))
+        self.norm, self.head = (model.norm, model.head) if last else (None, None)
+        self._model = (model,)  # in a tuple, for it is no part of the stage
+        self._micros: list[Micro] = []
+
+    @property
+    def model(self) -> DecoderLM:
+        return self._model[0]
+
+    def begin(self, micros: Sequence[Micro]) -> None:
+        self._micros = list(micros)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, labels, ctx = self._micros.pop(0)
+        return self.model.stage(x, ctx, self.layers, labels)
+
+
+def stage_layers(num_layers: int, plan: Plan) -> list[range]:
+    """The layers of every stage."""
+    count = plan.pipeline * plan.stages_per_rank
+    return [share(num_layers, count, index) for index in range(count)]
+
+
+def check_micros(plan: Plan, batches: BatchPlan) -> None:
+    """Raises ValueError where some step's micro-batches do not suit the plan's pipeline."""
+    if plan.pipeline == 1:
+        return
+    schedule, stages = plan.pipeline_schedule, plan.pipeline * plan.stages_per_rank
+    for shape in batches.stages:
+        micros = batches.num_micro(shape.rows, plan.row_ranks)
+        if shape.rows % (plan.row_ranks * micros):
+            raise ValueError(
+                f"micro-batches of a pipeline must have equally many rows, got {shape.rows} rows in "
+                f"{plan.row_ranks * micros} of them; change --batch.tokens or --batch.micro-rows"
+            )
+        if schedule in ("1f1b", "dualpipev") and micros < stages:
+            raise ValueError(
+                f"a pipeline by {schedule} needs a micro-batch for each of its {stages} stages, got {micros}; raise "
+                "--batch.tokens, lower --batch.micro-rows, or use gpipe"
+            )
+        if schedule in ("interleaved", "zero_bubble") and micros % max(1, micros // plan.pipeline):
+            raise ValueError(
+                f"a pipeline by {schedule} takes micro-batches in equal rounds, got {micros} for {plan.pipeline} "
+                f"ranks; make it a multiple of {plan.pipeline}"
+            )
+
+
+class Pipeline:
+    """The stages of one rank, and a step through them.
+
+    Args:
+        stages: this rank's, sharded.
+        dtype: of the states that go from stage to stage.
+    """
+
+    def __init__(self, stages: Sequence[Stage], plan: Plan, axis: Axis, device: torch.device) -> None:
+        self.stages, self.axis, self.device = stages, axis, device
+        self.ranks = ranks_of_stages(plan)
+        self.schedule = SCHEDULES[plan.pipeline_schedule]
+        self.dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+        self._made: tuple[tuple[int, ...], PipelineScheduleSingle | PipelineScheduleMulti] | None = None
+        self._scale = 1.0
+
+    def step(self, micros: Sequence[Micro], scale: float) -> float:
+        """Adds the gradients of ``scale`` x the summed losses of the micro-batches; returns the sum of the losses, on
+        the rank of the last stage, elsewhere 0. Collective."""
+        shape = (*micros[0].tokens.shape, len(micros))
+        if self._made is None or self._made[0] != shape:
+            self._made = shape, self._make(micros[0].tokens, len(micros))
+        for stage in self.stages:
+            stage.begin(micros)
+        self._scale, losses = scale, []
+        arguments = (torch.cat([micro.tokens for micro in micros]),) if self._holds(0) else ()
+        last = {"target": torch.zeros(len(micros), device=self.device), "losses": losses}
+        self._made[1].step(*arguments, return_outputs=False, **(last if self._holds(-1) else {}))
+        return sum(float(loss.detach()) for loss in losses) / scale
+
+    @torch.no_grad()
+    def loss(self, micro: Micro) -> float:
+        """The summed loss of one micro-batch, forward only, on the rank of the last stage; elsewhere 0. Collective."""
+        x = micro.tokens
+        for stage in self.stages:
+            before, after = stage.index - 1, stage.index + 1
+            if before >= 0 and self.ranks[before] != self.axis.rank:
+                x = self._states(micro.tokens, stage, self.device).detach()
+                dist.recv(x, group=self.axis.group, group_src=self.ranks[before])
+            stage.begin([micro])
+            x = stage(x)
+            if after < len(self.ranks) and self.ranks[after] != self.axis.rank:
+                dist.send(x, group=self.axis.group, group_dst=self.ranks[after])
+        return float(x) if self._holds(-1) else 0.0
+
+    def _holds(self, stage: int) -> bool:
+        return self.ranks[stage] == self.axis.rank
+
+    def _make(self, tokens: Tensor, num_micro: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
+        made = []
+        for stage in self.stages:
+            first, last = stage.index == 0, stage.index == len(self.ranks) - 1
+            loss = torch.empty((), device="meta")
+            made.append(
+                PipelineStage(
+                    stage,
+                    stage.index,
+                    len(self.ranks),
+                    self.device,
+                    input_args=tokens.to("meta") if first else self._states(tokens, stage, torch.device("meta")),
+                    output_args=loss if last else self._states(tokens, stage, torch.device("meta")),
+                    group=self.axis.group,
+                )
+            )
+        several = issubclass(self.schedule, PipelineScheduleMulti)
+        return self.schedule(made if several else made[0], num_micro, loss_fn=self._loss, scale_grads=False)
+
+    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
+        del target
+        return output * self._scale
+
+    def _states(self, tokens: Tensor, stage: Stage, device: torch.device) -> Tensor:
+        rows, length = tokens.shape
+        split, width = stage.model.part.split, stage.model.config.hidden_size
+        return torch.empty(rows, split.tokens(length), width, dtype=self.dtype, device=device, requires_grad=True)
