@@ -25,6 +25,7 @@ from longspan.model.config import DecoderConfig
 from longspan.model.decoder import DecoderLM, build
 from longspan.model.hf_files import TensorFiles
 from longspan.model.hf_names import Stored, gpt2_names, llama_names
+from longspan.model.lora import is_adapter
 from longspan.model.shards import Region, fill, is_sharded
 
 
@@ -102,17 +103,24 @@ def load_into(model: DecoderLM, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: as `load_pretrained`; and parameters on the meta device.
     """
+    parameters = dict(model.named_parameters())
+    for name, read in readers(model, path).items():
+        fill(parameters[name], read)
+
+
+def readers(model: DecoderLM, path: str | os.PathLike[str]) -> dict[str, Callable[[Region], Tensor]]:
+    """What reads a box of each parameter of `model`, adapters left out, from a checkpoint. Raises as `load_into`."""
     folder = Path(path)
     architecture = _architecture(_config_json(folder))
     files = TensorFiles(folder)
     parameters = dict(model.named_parameters())
-    plan = _match(architecture, model, files, folder)
-    for entry, name in plan:
+    found: dict[str, Callable[[Region], Tensor]] = {}
+    for entry, name in _match(architecture, model, files, folder):
         start = 0
         for ours in entry.ours:
-            parameter = parameters[ours]
-            fill(parameter, _reader(files, name, start, entry.transposed))
-            start += parameter.shape[0]
+            found[ours] = _reader(files, name, start, entry.transposed)
+            start += parameters[ours].shape[0]
+    return found
 
 
 def _reader(files: TensorFiles, name: str, start: int, transposed: bool) -> Callable[[Region], Tensor]:
@@ -128,7 +136,7 @@ def _reader(files: TensorFiles, name: str, start: int, transposed: bool) -> Call
 def _match(architecture: Architecture, model: DecoderLM, files: TensorFiles, folder: Path) -> list[tuple[Stored, str]]:
     """Every tensor the model wants beside its name in the files; all that does not fit is refused here."""
     bare = not any(name.startswith(architecture.prefix) for name in files)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if not is_adapter(name)}
     plan: list[tuple[Stored, str]] = []
     missing: list[str] = []
     for entry in _names(architecture, model.config, shapes, folder):
@@ -237,8 +245,47 @@ def save_pretrained(
             harmless.
         OSError: the disk; on all ranks where the model is sharded.
     """
+    parameters = dict(model.named_parameters())
+    if any(map(is_adapter, parameters)):
+        raise ValueError(
+            "a model is saved without adapters, got one with some: call merge_lora, or hf_adapter.save_adapter"
+        )
+    save_tensors(
+        model.config,
+        parameters,
+        {ours: tuple(parameter.shape) for ours, parameter in parameters.items()},
+        path,
+        sharded=is_sharded(model),
+        architecture=architecture,
+        dtype=dtype or next(iter(parameters.values())).dtype,
+        max_file_bytes=max_file_bytes,
+        extra=extra,
+    )
+
+
+def save_tensors(
+    config: DecoderConfig,
+    parameters: Mapping[str, Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    path: str | os.PathLike[str],
+    *,
+    sharded: bool = False,
+    architecture: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_file_bytes: int = 5_000_000_000,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """`save_pretrained` of parameters that a mapping makes as they are asked for, one file's worth at a time.
+
+    Args:
+        shapes: of all parameters.
+        sharded: they are DTensors, and every rank calls.
+
+    Raises:
+        As `save_pretrained`.
+    """
     folder = Path(path)
-    name, values = _describe(model.config, architecture)
+    name, values = _describe(config, architecture)
     for key in extra or {}:
         if key not in hf_configs.HARMLESS:
             raise ValueError(
@@ -246,17 +293,14 @@ def save_pretrained(
             )
     if max_file_bytes < 1:
         raise ValueError(f"max_file_bytes must be positive, got {max_file_bytes}: 5_000_000_000 is usual")
-    parameters = dict(model.named_parameters())
-    dtype = dtype or next(iter(parameters.values())).dtype
     values |= {"torch_dtype": str(dtype).removeprefix("torch."), **(extra or {})}
-    shapes = {ours: tuple(parameter.shape) for ours, parameter in parameters.items()}
-    stored = {entry.name: entry for entry in ARCHITECTURES[name].names(model.config)}
+    stored = {entry.name: entry for entry in ARCHITECTURES[name].names(config)}
     num_bytes = {
         theirs: torch.Size(entry.shape(shapes)).numel() * hf_files.itemsize(dtype) for theirs, entry in stored.items()
     }
     files = hf_files.plan_files(num_bytes, max_file_bytes)
 
-    relay = _Relay(sharded=is_sharded(model))
+    relay = _Relay(sharded=sharded)
     relay.run(lambda: _prepare(folder))
     for file, names in files.items():
         tensors = {theirs: _gather(stored[theirs], parameters, dtype, keep=relay.writes) for theirs in names}
@@ -288,6 +332,11 @@ class _Relay:
             outcome = box[0]
         if outcome.error is not None:
             raise outcome.error
+
+
+def stored_names(config: DecoderConfig) -> list[Stored]:
+    """The names of the first architecture that can hold the model. Raises ValueError where none can."""
+    return ARCHITECTURES[_describe(config, None)[0]].names(config)
 
 
 def _describe(config: DecoderConfig, architecture: str | None) -> tuple[str, dict[str, Any]]:

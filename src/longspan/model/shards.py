@@ -6,6 +6,7 @@ through `fill`, so that no process ever materialises more than its own box of a 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 Region = tuple[slice, ...]
+
+_ROWS_PER_DRAW = 64
 
 
 def local_part(parameter: Tensor) -> tuple[Tensor, Region]:
@@ -49,3 +52,27 @@ def fill(parameter: Tensor, read: Callable[[Region], Tensor]) -> None:
 def is_sharded(model: nn.Module) -> bool:
     """Whether any parameter is a DTensor."""
     return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def drawn(
+    seed: int,
+    name: str,
+    region: Region,
+    num_columns: int,
+    draw: Callable[[tuple[int, ...], torch.Generator], Tensor],
+) -> Tensor:
+    """The box `region` of a random matrix that depends on (seed, name) alone: see `decoder.init_weights`.
+
+    Args:
+        draw: makes values of a shape with a CPU generator.
+    """
+    rows, columns = region
+    out = torch.empty(rows.stop - rows.start, columns.stop - columns.start)
+    first = rows.start - rows.start % _ROWS_PER_DRAW
+    for start in range(first, rows.stop, _ROWS_PER_DRAW):
+        digest = hashlib.blake2b(f"{seed}/{name}/{start}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        values = draw((_ROWS_PER_DRAW, num_columns), generator)
+        top, bottom = max(start, rows.start), min(start + _ROWS_PER_DRAW, rows.stop)
+        out[top - rows.start : bottom - rows.start] = values[top - start : bottom - start, columns]
+    return out

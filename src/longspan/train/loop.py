@@ -24,7 +24,9 @@ from longspan.hardware.devices import peak_memory_bytes
 from longspan.layout.mesh import Mesh, make_mesh
 from longspan.model.config import DecoderConfig
 from longspan.model.decoder import DecoderLM, build, init_weights
+from longspan.model.freeze import freeze
 from longspan.model.huggingface import load_into
+from longspan.model.lora import apply_lora, init_lora
 from longspan.plan.plan import Plan
 from longspan.train.config import OptimConfig, TrainConfig
 from longspan.train.data.batches import Batch
@@ -37,24 +39,34 @@ class NotFiniteError(RuntimeError):
     """The loss or the gradient is not finite; the optimiser step was not taken."""
 
 
+def outline(decoder: DecoderConfig, config: TrainConfig) -> DecoderLM:
+    """The model on the meta device, with what of it is trained. Raises ValueError for a part that it does not have."""
+    model = build(decoder, device="meta", dtype=torch.float32)
+    if config.lora.rank:
+        apply_lora(model, config.lora)
+    freeze(model, config.freeze)
+    return model
+
+
 def make_model(
-    config: DecoderConfig, plan: Plan, mesh: Mesh, device: torch.device, seed: int, init: Path | None
+    model: DecoderLM, plan: Plan, mesh: Mesh, device: torch.device, seed: int, init: Path | None
 ) -> DecoderLM:
-    """A model made on the meta device, split by the plan, of which each rank fills only its own part."""
-    model = build(config, device="meta", dtype=torch.float32)
+    """The model of an outline, split by the plan, of which each rank fills only its own part."""
     parallelise(model, plan, mesh)
     model.to_empty(device=device)
     if init is None:
         init_weights(model, seed)
     else:
         load_into(model, init)
+        init_lora(model, seed)
     return model
 
 
 def make_optimizer(model: DecoderLM, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    """AdamW over what is trained, with weight decay on matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1]
+    others = [p for p in trained if p.ndim <= 1]
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -70,7 +82,7 @@ class Trainer:
         self.config, self.plan, self.device = config, plan, device
         self.world = dist.get_world_size()
         self.mesh = make_mesh(plan.data, plan.context, shard=plan.shard != "none", device_type=device.type)
-        self.model = make_model(decoder, plan, self.mesh, device, config.seed, config.init)
+        self.model = make_model(outline(decoder, config), plan, self.mesh, device, config.seed, config.init)
         self.optimizer = make_optimizer(self.model, config.optim)
         self.prepare = make_prepare(decoder, plan, self.mesh, device)
         self._contexts: dict[tuple[int, int], SequenceContext] = {}

@@ -121,6 +121,7 @@ def _begin(setting: Setting, store: CheckpointStore, trainer: Trainer) -> tuple[
     done, position = 0, None
     if config.resume is not None:
         meta = store.load(_resume_step(config, store), trainer.model, trainer.optimizer)
+        setting.check_base(meta)
         done, position = int(meta["step"]), int(meta["position"])
     if done > setting.batches.num_steps:
         raise ValueError(
@@ -162,6 +163,8 @@ def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> bool:
 
     def save() -> None:
         meta: dict[str, Any] = {"step": done, "position": position, "config": config.to_dict()}
+        if setting.base:  # adapters alone are saved: they mean nothing beside other weights
+            meta["base"] = setting.base
         store.save_async(done, trainer.model, trainer.optimizer, meta | {"plan": setting.plan.to_dict()})
 
     def draw_ahead() -> list[tuple[Batch, Any]]:

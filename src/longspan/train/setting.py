@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from longspan.attention import masks
 from longspan.context.build import resolve as resolve_schedule
 from longspan.model.config import DecoderConfig, LearnedPositionsConfig
+from longspan.model.hf_adapter import layer_names
+from longspan.model.hf_files import fingerprint
 from longspan.model.huggingface import ARCHITECTURES, read_config
 from longspan.plan.plan import Plan
 from longspan.train.checkpoint import PARTIAL
@@ -22,6 +24,7 @@ from longspan.train.data.corpus import Corpus, load_splits
 from longspan.train.data.evaluation import HeldOutWindows, fit_held_out, held_out_windows, scored_bytes
 from longspan.train.data.stream import TokenStream
 from longspan.train.data.tokenizers import Tokenizer, load_tokenizer
+from longspan.train.loop import outline
 from longspan.train.parallel import refuse_unsupported
 
 _T = TypeVar("_T")
@@ -34,6 +37,7 @@ class Setting:
 
     Attributes:
         group: gloo, for what may take long on one rank (`patient_group`).
+        base: with adapters, the fingerprint of the weights that they are beside; else "".
         not_exported: why the model cannot be written for Hugging Face; "" where it can.
         notes: what was left out of what was asked for, for the metrics, the terminal and the report.
     """
@@ -48,8 +52,25 @@ class Setting:
     windows: dict[int, HeldOutWindows]
     command: str
     group: dist.ProcessGroup
+    base: str
     not_exported: str
     notes: tuple[str, ...]
+
+    def check_base(self, meta: Mapping[str, Any]) -> None:
+        """Refuses to go on from a checkpoint whose adapters are beside other weights, or are scaled otherwise."""
+        if not self.base:
+            return
+        if meta.get("base") != self.base:
+            raise ValueError(
+                f"the checkpoint holds adapters and was written beside the weights of {meta['config']['init']}, got "
+                f"--init {self.config.init}, which has others; give the same weights"
+            )
+        if (kept := meta["config"]["lora"]) != (asked := self.config.to_dict()["lora"]):
+            changed = next(name for name in kept if kept[name] != asked[name])
+            raise ValueError(
+                f"a run goes on with its own adapters, got lora {changed} {asked[changed]} for a checkpoint with "
+                f"{kept[changed]}; leave it as it was"
+            )
 
 
 def patient_group() -> dist.ProcessGroup:
@@ -134,6 +155,11 @@ def resolve(
     tokenizer = load_tokenizer(config.tokenizer)
     decoder = _decoder(config, tokenizer, batches.max_length)
     check_positions(decoder, batches.max_length, "rows", "--batch.length")
+    outline(decoder, config)
+    base = ""
+    if config.lora.rank and config.init is not None:
+        layer_names(decoder, config.lora.targets)
+        base = fingerprint(config.init)
     train, held_out = first_on_rank_0(lambda: load_splits(config.data, tokenizer, config.out / "tokens"), group)
     windows, notes = _windows(config, held_out, tokenizer)
     for context in windows:
@@ -143,8 +169,9 @@ def resolve(
     if not_exported := why_not_exported(decoder):
         notes.append(f"the model is not exported: {not_exported}")
     return Setting(
-        config, plan, decoder, batches, tokenizer, train, held_out, windows, command, group, not_exported, tuple(notes)
-    )
+        config, plan, decoder, batches, tokenizer, train, held_out, windows, command, group, base, not_exported,
+        tuple(notes),
+    )  # fmt: skip
 
 
 def _decoder(config: TrainConfig, tokenizer: Tokenizer, max_length: int) -> DecoderConfig:
