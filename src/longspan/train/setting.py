@@ -18,10 +18,16 @@ from longspan.model.hf_files import fingerprint
 from longspan.model.huggingface import ARCHITECTURES, read_config
 from longspan.plan.plan import Plan
 from longspan.train.checkpoint import PARTIAL
-from longspan.train.config import TrainConfig
+from longspan.train.config import EvalConfig, TrainConfig
 from longspan.train.data.batches import BatchPlan
 from longspan.train.data.corpus import Corpus, load_splits
-from longspan.train.data.evaluation import HeldOutWindows, fit_held_out, held_out_windows, scored_bytes
+from longspan.train.data.evaluation import (
+    HeldOutWindows,
+    conversation_windows,
+    fit_held_out,
+    held_out_windows,
+    scored_bytes,
+)
 from longspan.train.data.stream import TokenStream
 from longspan.train.data.tokenizers import Tokenizer, load_tokenizer
 from longspan.train.loop import outline
@@ -160,8 +166,11 @@ def resolve(
     if config.lora.rank and config.init is not None:
         layer_names(decoder, config.lora.targets)
         base = fingerprint(config.init)
-    train, held_out = first_on_rank_0(lambda: load_splits(config.data, tokenizer, config.out / "tokens"), group)
-    windows, notes = _windows(config, held_out, tokenizer)
+    train, held_out = first_on_rank_0(
+        lambda: load_splits(config.data, tokenizer, config.out / "tokens", max_tokens=batches.max_length),
+        group,
+    )
+    windows, notes = _windows(config, held_out, tokenizer, plan.context)
     for context in windows:
         check_positions(decoder, context, "evaluation contexts", "--eval.contexts")
     if train.skipped:
@@ -210,7 +219,7 @@ def why_not_exported(decoder: DecoderConfig) -> str:
 
 
 def _windows(
-    config: TrainConfig, held_out: Corpus | None, tokenizer: Tokenizer
+    config: TrainConfig, held_out: Corpus | None, tokenizer: Tokenizer, num_ranks: int
 ) -> tuple[dict[int, HeldOutWindows], list[str]]:
     """The held-out windows by context, and what a small held-out text has no room for."""
     asked = config.eval
@@ -218,6 +227,20 @@ def _windows(
         return {}, []
     if held_out is None:
         return {}, ["no evaluation: nothing is held out (--data.held-out 0)"]
+    if held_out.labelled:
+        if asked.contexts != EvalConfig().contexts:
+            raise ValueError(
+                f"conversations are scored whole, each alone, got contexts {asked.contexts}: leave out --eval.contexts"
+            )
+        window = conversation_windows(held_out, asked.tokens)
+        if window.tokens.shape[1] < num_ranks:
+            raise ValueError(
+                f"a conversation must have a token for each of {num_ranks} ranks that share it, got held-out ones of "
+                f"{window.tokens.shape[1]} at most: use fewer ranks"
+            )
+        return {window.tokens.shape[1]: window}, [
+            f"{window.num_labels:,} tokens of {len(window.tokens):,} held-out conversations are scored"
+        ]
     stream = TokenStream(held_out, config.seed)
     contexts, num_tokens = fit_held_out(stream, asked.contexts, asked.tokens)
     windows = held_out_windows(stream, contexts, num_tokens)
