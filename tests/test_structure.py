@@ -55,7 +55,7 @@ LIGHT = frozenset(
     }
 )
 # Oracles of the tests: the package itself must do without.
-NEVER = frozenset({"transformers", "accelerate"})
+NEVER = frozenset({"transformers", "accelerate", "peft"})
 # But for the way into a library that is a way into it: inside functions, never as the module loads.
 BRIDGES = {"longspan.context.hf_attention": "transformers"}
 # Modules that are a back end, and what they need as they load: they themselves are imported inside functions.

@@ -1,4 +1,4 @@
-"""The command line: ``longspan train | generate | demo | doctor | methods | plan | bench``.
+"""The command line: ``longspan train | generate | export | demo | doctor | methods | plan | bench``.
 
 Options come from the dataclasses. A mistake is one line on standard error and exit code 2; a run that failed on the way
 exits with 1, an interrupted one with 130.
@@ -35,6 +35,7 @@ class GenerateConfig:
     Args:
         checkpoint: a folder with config.json and safetensors, or the folder of a training run.
         prompt: the text to continue.
+        adapter: a folder with a LoRA adapter of the checkpoint, in PEFT's format.
         max_new_tokens: at most so many.
         temperature: 0 takes the most likely token.
         top_k: sample among the k most likely tokens; 0 for all.
@@ -45,6 +46,7 @@ class GenerateConfig:
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     prompt: str
+    adapter: Path | None = None
     max_new_tokens: int = 200
     temperature: float = 0.8
     top_k: int = 0
@@ -244,6 +246,7 @@ def _generate(argv: Sequence[str]) -> int:
 
     from longspan.model import load_pretrained
     from longspan.model.generate import generate
+    from longspan.model.hf_adapter import load_adapter
     from longspan.model.huggingface import read_config
     from longspan.train.data.tokenizers import load_tokenizer
 
@@ -261,6 +264,8 @@ def _generate(argv: Sequence[str]) -> int:
     bf16 = cuda if config.dtype == "auto" else config.dtype == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     model = load_pretrained(folder, dtype=dtype, device="cuda" if cuda else "cpu")
+    if config.adapter is not None:
+        load_adapter(model, config.adapter)
     ids = tokenizer.encode(config.prompt)
     steps = generate(
         model,
@@ -281,6 +286,12 @@ def _generate(argv: Sequence[str]) -> int:
             print(decoder.push(token), end="", flush=True)
     print(decoder.finish(), flush=True)
     return 0
+
+
+def _export(argv: Sequence[str]) -> int:
+    from longspan.train.export import ExportConfig, run_export
+
+    return run_export(parse(ExportConfig, argv, "longspan export"))
 
 
 def _doctor(argv: Sequence[str]) -> int:
@@ -330,6 +341,7 @@ def _plan(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train a model, on one rank or many"),
     "generate": (_generate, "continue a prompt with a checkpoint"),
+    "export": (_export, "a run's checkpoint as a Hugging Face folder"),
     "demo": (_demo, "train a small model on real text over two ranks, and write a report"),
     "doctor": (_doctor, "what is here, checked: devices, back ends, every communication channel"),
     "methods": (_methods, "every method, layout, mask and kernel, and where each is verified"),

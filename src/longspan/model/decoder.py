@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Int64
@@ -19,9 +17,7 @@ from longspan.model.local import LocalContext
 from longspan.model.loss import Words, chunked_cross_entropy
 from longspan.model.part import ALL, Layers, ModelPart
 from longspan.model.parts import Block, Mlp, make_norm
-from longspan.model.shards import Region, fill
-
-_ROWS_PER_DRAW = 64
+from longspan.model.shards import Region, drawn, fill
 
 
 class DecoderLM(nn.Module):
@@ -250,13 +246,4 @@ def _shape(region: Region) -> tuple[int, ...]:
 
 
 def _draw(seed: int, name: str, region: Region, num_columns: int, std: float) -> Tensor:
-    rows, columns = region
-    out = torch.empty(_shape(region))
-    first = rows.start - rows.start % _ROWS_PER_DRAW
-    for start in range(first, rows.stop, _ROWS_PER_DRAW):
-        digest = hashlib.blake2b(f"{seed}/{name}/{start}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        drawn = torch.randn(_ROWS_PER_DRAW, num_columns, generator=generator)
-        top, bottom = max(start, rows.start), min(start + _ROWS_PER_DRAW, rows.stop)
-        out[top - rows.start : bottom - rows.start] = drawn[top - start : bottom - start, columns]
-    return out.mul_(std)
+    return drawn(seed, name, region, num_columns, lambda shape, g: torch.randn(shape, generator=g)).mul_(std)

@@ -24,6 +24,7 @@ from longspan.model.config import DecoderConfig
 from longspan.model.decoder import DecoderLM, build
 from longspan.model.hf_files import TensorFiles
 from longspan.model.hf_names import Stored, gpt2_names, llama_names
+from longspan.model.lora import is_adapter
 from longspan.model.shards import Collector, Region, fill
 
 
@@ -101,17 +102,25 @@ def load_into(model: DecoderLM, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: as `load_pretrained`; and parameters on the meta device.
     """
+    parameters, boxes = dict(model.named_parameters()), model.boxes()
+    for name, read in readers(model, path).items():
+        if name in parameters:
+            fill(parameters[name], read, boxes.get(name))
+
+
+def readers(model: DecoderLM, path: str | os.PathLike[str]) -> dict[str, Callable[[Region], Tensor]]:
+    """What reads a box of each parameter of the whole of `model`, adapters left out. Raises as `load_into`."""
     folder = Path(path)
     architecture = _architecture(_config_json(folder))
     files = TensorFiles(folder)
-    parameters = dict(model.named_parameters())
-    plan, shapes, boxes = *_match(architecture, model, files, folder), model.boxes()
+    plan, shapes = _match(architecture, model, files, folder)
+    found: dict[str, Callable[[Region], Tensor]] = {}
     for entry, name in plan:
         start = 0
         for ours in entry.ours:
-            if ours in parameters:
-                fill(parameters[ours], _reader(files, name, start, entry.transposed), boxes.get(ours))
+            found[ours] = _reader(files, name, start, entry.transposed)
             start += shapes[ours][0]
+    return found
 
 
 def _reader(files: TensorFiles, name: str, start: int, transposed: bool) -> Callable[[Region], Tensor]:
@@ -239,8 +248,47 @@ def save_pretrained(
             harmless.
         OSError: the disk; on all ranks where the model is sharded.
     """
+    parameters = Collector(model, model.boxes())
+    if any(map(is_adapter, parameters)):
+        raise ValueError(
+            "a model is saved without adapters, got one with some: call merge_lora, or hf_adapter.save_adapter"
+        )
+    save_tensors(
+        model.config,
+        parameters,
+        _shapes(model.config),
+        path,
+        sharded=not parameters.alone,
+        architecture=architecture,
+        dtype=dtype or next(model.parameters()).dtype,
+        max_file_bytes=max_file_bytes,
+        extra=extra,
+    )
+
+
+def save_tensors(
+    config: DecoderConfig,
+    parameters: Mapping[str, Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    path: str | os.PathLike[str],
+    *,
+    sharded: bool = False,
+    architecture: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_file_bytes: int = 5_000_000_000,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """`save_pretrained` of parameters that a mapping makes as they are asked for, one file's worth at a time.
+
+    Args:
+        shapes: of all parameters.
+        sharded: every rank calls, asks for the same names, and rank 0 gets them.
+
+    Raises:
+        As `save_pretrained`.
+    """
     folder = Path(path)
-    name, values = _describe(model.config, architecture)
+    name, values = _describe(config, architecture)
     for key in extra or {}:
         if key not in hf_configs.HARMLESS:
             raise ValueError(
@@ -248,20 +296,17 @@ def save_pretrained(
             )
     if max_file_bytes < 1:
         raise ValueError(f"max_file_bytes must be positive, got {max_file_bytes}: 5_000_000_000 is usual")
-    dtype = dtype or next(model.parameters()).dtype
     values |= {"torch_dtype": str(dtype).removeprefix("torch."), **(extra or {})}
-    shapes = _shapes(model.config)
-    stored = {entry.name: entry for entry in ARCHITECTURES[name].names(model.config)}
+    stored = {entry.name: entry for entry in ARCHITECTURES[name].names(config)}
     num_bytes = {
         theirs: torch.Size(entry.shape(shapes)).numel() * hf_files.itemsize(dtype) for theirs, entry in stored.items()
     }
     files = hf_files.plan_files(num_bytes, max_file_bytes)
 
-    collector = Collector(model, model.boxes())
-    relay = _Relay(sharded=not collector.alone)
+    relay = _Relay(sharded=sharded)
     relay.run(lambda: _prepare(folder))
     for file, names in files.items():
-        tensors = {theirs: _gather(stored[theirs], collector, shapes, dtype) for theirs in names}
+        tensors = {theirs: _gather(stored[theirs], parameters, dtype, keep=relay.writes) for theirs in names}
         relay.run(lambda file=file, tensors=tensors: hf_files.write_tensors(folder / file, tensors))
     relay.run(lambda: _finish(folder, values, files, sum(num_bytes.values())))
 
@@ -292,6 +337,11 @@ class _Relay:
             raise outcome.error
 
 
+def stored_names(config: DecoderConfig) -> list[Stored]:
+    """The names of the first architecture that can hold the model. Raises ValueError where none can."""
+    return ARCHITECTURES[_describe(config, None)[0]].names(config)
+
+
 def _describe(config: DecoderConfig, architecture: str | None) -> tuple[str, dict[str, Any]]:
     if architecture is not None:
         if architecture not in ARCHITECTURES:
@@ -308,13 +358,12 @@ def _describe(config: DecoderConfig, architecture: str | None) -> tuple[str, dic
     raise ValueError(f"no Hugging Face architecture can hold this model: {'; '.join(reasons)}")
 
 
-def _gather(entry: Stored, collector: Collector, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Tensor:
+def _gather(entry: Stored, parameters: Mapping[str, Tensor], dtype: torch.dtype, *, keep: bool) -> Tensor:
     """A stored tensor, on the rank that writes; elsewhere nothing."""
-    parts = [collector.whole(name, shapes[name]) for name in entry.ours]
-    if not collector.first:
+    parts = [parameters[name].detach() for name in entry.ours]
+    if not keep:
         return torch.empty(0)
-    there = [part.detach().to("cpu", dtype) for part in parts if part is not None]
-    joined = torch.cat(there) if len(there) > 1 else there[0]
+    joined = torch.cat([part.to("cpu", dtype) for part in parts]) if len(parts) > 1 else parts[0].to("cpu", dtype)
     return joined.t() if entry.transposed else joined
 
 

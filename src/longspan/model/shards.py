@@ -7,7 +7,8 @@ than its own box of a weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from longspan.layout.weights import Box, whole
 
 Region = tuple[slice, ...]
+
+_ROWS_PER_DRAW = 64
 
 
 def local_part(parameter: Tensor, box: Box | None = None) -> tuple[Tensor, Region]:
@@ -61,8 +64,10 @@ def fill(parameter: Tensor, read: Callable[[Region], Tensor], box: Box | None = 
         local.copy_(read(region))
 
 
-class Collector:
-    """Brings whole parameters of a model to rank 0, one at a time, whichever ranks hold parts of them. Collective.
+class Collector(Mapping[str, Tensor]):
+    """Whole parameters of a model on rank 0, one at a time, whichever ranks hold parts of them.
+
+    All ranks make one and ask for the same names in the same order; on the others what is asked for is empty.
 
     Args:
         model: this rank's part; other ranks may hold other parameters.
@@ -70,41 +75,78 @@ class Collector:
     """
 
     def __init__(self, model: nn.Module, boxes: Mapping[str, Box]) -> None:
-        self._own, self._boxes = dict(model.named_parameters()), boxes
-        self.alone = not any(isinstance(p, DTensor) for p in self._own.values())
-        self.first = self.alone or dist.get_rank() == 0
-        self._holders: dict[str, dict[tuple[int, ...], tuple[int, torch.Size]]] = {}
-        if self.alone:
-            return
-        boxes_here = {name: (boxes.get(name, whole(tuple(p.shape))), p.shape) for name, p in self._own.items()}
-        of_all: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(of_all, boxes_here)
+        self._own = dict(model.named_parameters())
+        self.alone = not is_sharded(model)
+        here = {name: (boxes.get(name, whole(tuple(p.shape))), tuple(p.shape)) for name, p in self._own.items()}
+        of_all: list[Any] = [here]
+        if not self.alone:
+            of_all = [None] * dist.get_world_size()
+            dist.all_gather_object(of_all, here)
+        # For every part of every parameter the first rank that holds it.
+        self._parts: dict[str, dict[Box, tuple[int, tuple[int, ...]]]] = {}
         for rank, there in enumerate(of_all):
             for name, (box, shape) in there.items():
-                self._holders.setdefault(name, {}).setdefault(box.start, (rank, shape))
+                self._parts.setdefault(name, {}).setdefault(box, (rank, shape))
 
     @torch.no_grad()
-    def whole(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        """The whole parameter, on rank 0; None on the others. All ranks ask for the same names in the same order."""
+    def __getitem__(self, name: str) -> Tensor:
         own = self._own.get(name)
-        part = own.full_tensor() if isinstance(own, DTensor) else own
+        mine = own.full_tensor() if isinstance(own, DTensor) else own
         if self.alone:
-            return part
-        rank, pieces = dist.get_rank(), self._holders[name]
-        like = next(iter(self._own.values()))
-        found = torch.empty(shape, dtype=like.dtype, device=like.device) if rank == 0 and len(pieces) > 1 else None
-        for start, (holder, piece) in pieces.items():
-            if rank not in (0, holder):
-                continue
-            if holder != 0 and rank == holder:
-                assert part is not None
-                dist.send(part.contiguous(), dst=0)
-            if rank == 0:
-                got = part if holder == 0 else torch.empty(piece, dtype=like.dtype, device=like.device)
-                assert got is not None
-                if holder != 0:
-                    dist.recv(got, src=holder)
-                if found is None:
-                    return got
-                found[tuple(slice(o, o + n) for o, n in zip(start, piece, strict=True))] = got
-        return found
+            assert mine is not None
+            return mine
+        rank, like = dist.get_rank(), next(iter(self._own.values()))
+        found: list[tuple[Box, Tensor]] = []
+        for box, (holder, shape) in self._parts[name].items():
+            if rank == holder:
+                assert mine is not None
+                if rank:
+                    dist.send(mine.contiguous(), dst=0)
+                else:
+                    found.append((box, mine))
+            elif rank == 0:
+                found.append((box, torch.empty(shape, dtype=like.dtype, device=like.device)))
+                dist.recv(found[-1][1], src=holder)
+        if rank:
+            return torch.empty(0)
+        if len(found) == 1:
+            return found[0][1]
+        total = torch.empty(found[0][0].shape, dtype=like.dtype, device=like.device)
+        for box, part in found:
+            total[tuple(slice(o, o + n) for o, n in zip(box.start, part.shape, strict=True))] = part
+        return total
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether any parameter is a DTensor."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def drawn(
+    seed: int,
+    name: str,
+    region: Region,
+    num_columns: int,
+    draw: Callable[[tuple[int, ...], torch.Generator], Tensor],
+) -> Tensor:
+    """The box `region` of a random matrix that depends on (seed, name) alone: see `decoder.init_weights`.
+
+    Args:
+        draw: makes values of a shape with a CPU generator.
+    """
+    rows, columns = region
+    out = torch.empty(rows.stop - rows.start, columns.stop - columns.start)
+    first = rows.start - rows.start % _ROWS_PER_DRAW
+    for start in range(first, rows.stop, _ROWS_PER_DRAW):
+        digest = hashlib.blake2b(f"{seed}/{name}/{start}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        values = draw((_ROWS_PER_DRAW, num_columns), generator)
+        top, bottom = max(start, rows.start), min(start + _ROWS_PER_DRAW, rows.stop)
+        out[top - rows.start : bottom - rows.start] = values[top - start : bottom - start, columns]
+    return out

@@ -37,7 +37,6 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
@@ -64,6 +63,7 @@ from longspan.train.state import (
     model_state,
     optimizer_state,
     parameter_of,
+    set_model_state,
     set_optimizer_state,
 )
 
@@ -325,7 +325,7 @@ class CheckpointStore:
         except CheckpointException as error:
             reasons = "; ".join(sorted({say(cause) for cause, _ in error.failures.values()}))
             raise CheckpointError(f"checkpoint {path.name} could not be read: {reasons}") from None
-        set_model_state_dict(model, {k.split("/", 1)[1]: v for k, v in state.items() if k.startswith("model/")})
+        set_model_state(model, state)
         if optimizer is not None:
             set_optimizer_state(model, optimizer, state, absent)
         return manifest["meta"]

@@ -13,6 +13,7 @@ import tyro
 
 from longspan.mixers.config import AttentionConfig, RotaryConfig
 from longspan.model.config import DecoderConfig, MlpConfig
+from longspan.model.lora import LoraConfig
 from longspan.plan.plan import Plan
 from longspan.train.data.batches import BatchPlan, Packing, warmup_plan
 from longspan.train.data.corpus import CorpusConfig
@@ -193,7 +194,9 @@ class TrainConfig:
     Args:
         out: the run's folder: config, metrics, checkpoints, the exported model and the report.
         init: a Hugging Face checkpoint to continue from, in place of ``model``.
-        tokenizer: "bytes", or a tokenizer.json.
+        lora: with a rank, adapters are trained and the weights of ``init`` stay.
+        freeze: parameters that stay as they are: beginnings of names, such as "embed" or "blocks.0-3".
+        tokenizer: "bytes", a tokenizer.json, or a folder with one (and its chat template).
         plan_file: a plan in JSON, in place of ``plan``.
         save_every: steps between checkpoints; 0 for one at the end.
         keep: checkpoints that stay.
@@ -208,6 +211,8 @@ class TrainConfig:
     tokenizer: str = "bytes"
     model: ModelConfig = field(default_factory=ModelConfig)
     init: Path | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    freeze: tuple[str, ...] = ()
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     plan: Plan = field(default_factory=Plan)
@@ -237,6 +242,16 @@ class TrainConfig:
             raise ValueError(
                 f"the model is that of the checkpoint, got --init {self.init} and --model options; leave one of the "
                 "two out"
+            )
+        if self.lora.rank and self.init is None:
+            raise ValueError(
+                f"adapters are trained beside the weights of a checkpoint, got --lora.rank {self.lora.rank} without "
+                "--init; give one, or leave --lora out"
+            )
+        if self.lora.rank and self.freeze:
+            raise ValueError(
+                f"with adapters all else is frozen, got --lora.rank {self.lora.rank} and --freeze "
+                f"{' '.join(self.freeze)}; choose --lora.targets instead"
             )
         if self.eval.every and not (self.data.held_out and self.eval.tokens):
             raise ValueError(

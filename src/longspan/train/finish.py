@@ -24,6 +24,7 @@ from longspan.hardware.devices import devices
 from longspan.model import cost
 from longspan.model.config import LearnedPositionsConfig
 from longspan.model.generate import generate
+from longspan.model.hf_adapter import load_adapter, save_adapter
 from longspan.model.huggingface import load_pretrained, save_pretrained
 from longspan.train.data.evaluation import Bigram, corpus_bytes, scored_bytes, zlib_bits_per_byte
 from longspan.train.data.tokenizers import save_tokenizer
@@ -52,14 +53,17 @@ class Outcome:
 
 def finish(setting: Setting, trainer: Trainer, outcome: Outcome) -> Path | None:
     """Export the model (collective), then, on rank 0, sample from it, print the result and write the report."""
-    out, rank = setting.config.out, dist.get_rank()
-    folder = out / "model"
+    config, rank = setting.config, dist.get_rank()
+    out, folder = config.out, config.out / ("adapter" if config.lora.rank else "model")
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
     if not setting.not_exported:
         try:
-            save_pretrained(trainer.model, folder)
+            if config.lora.rank:
+                save_adapter(trainer.model, folder, config.lora, base=str(config.init))
+            else:
+                save_pretrained(trainer.model, folder)
         except OSError as error:
             raise OSError(f"the trained model could not be written to {folder}: {error}") from None
     if rank != 0:
@@ -76,7 +80,8 @@ def finish(setting: Setting, trainer: Trainer, outcome: Outcome) -> Path | None:
     headline = baselines(setting, outcome.headline)
     report = write_report(out / "report.html", _report(setting, trainer, outcome, headline, completion, notes))
     lines = summary(headline, outcome, completion, setting.config.prompt if completion else "")
-    lines.append(f"model   not exported: {setting.not_exported}" if setting.not_exported else f"model   {folder}")
+    kept = f"not exported: {setting.not_exported}" if setting.not_exported else str(folder)
+    lines.append(f"{folder.name:<7} {kept}")
     say("\n".join([*lines, f"report  {report}"]), sys.stdout)
     return report
 
@@ -96,7 +101,11 @@ def sample(setting: Setting, folder: Path, device: torch.device) -> str:
     if not setting.config.prompt:
         return ""
     # As `longspan generate` reads it: in the precision in which training computes on the device.
-    model = load_pretrained(folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, device=device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    base = setting.config.init if setting.config.lora.rank else None
+    model = load_pretrained(base or folder, dtype=dtype, device=device)
+    if base is not None:
+        load_adapter(model, folder)
     prompt = torch.from_numpy(setting.tokenizer.encode(setting.config.prompt))[None]
     stop = {setting.tokenizer.separator_id}
     positions = setting.decoder.positions

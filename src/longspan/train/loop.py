@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +24,10 @@ from longspan.layout.mesh import Mesh, make_mesh
 from longspan.layout.tensor_parallel import sum_over
 from longspan.model.config import DecoderConfig
 from longspan.model.decoder import DecoderLM, build, init_weights
+from longspan.model.freeze import freeze
 from longspan.model.huggingface import load_into
-from longspan.model.part import ModelPart
+from longspan.model.lora import apply_lora, init_lora
+from longspan.model.part import ALL, ModelPart
 from longspan.plan.plan import Plan
 from longspan.train.config import OptimConfig, TrainConfig
 from longspan.train.data.batches import Batch
@@ -40,12 +41,21 @@ class NotFiniteError(RuntimeError):
     """The loss or the gradient is not finite; the optimiser step was not taken."""
 
 
+def outline(decoder: DecoderConfig, config: TrainConfig, part: ModelPart = ALL) -> DecoderLM:
+    """The model on the meta device, with what of it is trained. Raises ValueError for a part that it does not have."""
+    model = build(decoder, device="meta", dtype=torch.float32, part=part)
+    if config.lora.rank:
+        apply_lora(model, config.lora)
+    freeze(model, config.freeze)
+    return model
+
+
 def make_model(
-    config: DecoderConfig, plan: Plan, mesh: Mesh, device: torch.device, seed: int, init: Path | None
+    decoder: DecoderConfig, config: TrainConfig, plan: Plan, mesh: Mesh, device: torch.device
 ) -> tuple[DecoderLM, Pipeline | None]:
     """This rank's part of a model, made on the meta device and split by the plan, of which each rank fills only its own
     part; and its pipeline, where there is one."""
-    ranks, layers = ranks_of_stages(plan), stage_layers(config.num_layers, plan)
+    ranks, layers = ranks_of_stages(plan), stage_layers(decoder.num_layers, plan)
     mine = [index for index, rank in enumerate(ranks) if rank == mesh.pipeline.rank]
     part = ModelPart(
         layers=tuple(layer for index in mine for layer in layers[index]),
@@ -53,23 +63,25 @@ def make_model(
         last=mine[-1] == len(ranks) - 1,
         split=tensor_split(mesh),
     )
-    model = build(config, device="meta", dtype=torch.float32, part=part)
+    model = outline(decoder, config, part)
     model.mlp_tile = plan.mlp_tile or None
     stages = [] if plan.pipeline == 1 else [Stage(model, index, layers[index]) for index in mine]
     for root in stages or [model]:
         parallelise(root, plan, mesh)
         root.to_empty(device=device)
-    if init is None:
-        init_weights(model, seed)
+    if config.init is None:
+        init_weights(model, config.seed)
     else:
-        load_into(model, init)
+        load_into(model, config.init)
+        init_lora(model, config.seed)
     return model, Pipeline(stages, plan, mesh.pipeline, device) if stages else None
 
 
 def make_optimizer(model: DecoderLM, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    """AdamW over what is trained, with weight decay on matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1]
+    others = [p for p in trained if p.ndim <= 1]
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -82,7 +94,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, decoder: DecoderConfig, plan: Plan, device: torch.device) -> None:
         plan = plan.on(device.type)
-        check_plan(plan, decoder)
+        check_plan(plan, decoder, partly_trained=bool(config.lora.rank or config.freeze))
         self.config, self.plan, self.device = config, plan, device
         self.mesh = make_mesh(
             plan.data,
@@ -94,7 +106,7 @@ class Trainer:
             replicas=plan.replicas,
             device_type=device.type,
         )
-        self.model, self.pipeline = make_model(decoder, plan, self.mesh, device, config.seed, config.init)
+        self.model, self.pipeline = make_model(decoder, config, plan, self.mesh, device)
         self.optimizer = make_optimizer(self.model, config.optim)
         self.prepare = make_prepare(decoder, plan, self.mesh, device)
         self._contexts: dict[tuple[int, int], SequenceContext] = {}

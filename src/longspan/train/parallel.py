@@ -26,8 +26,13 @@ def tensor_split(mesh: Mesh) -> TensorSplit:
     return TensorSplit(mesh.tensor.rank, mesh.tensor.size, mesh.tensor.group)
 
 
-def check_plan(plan: Plan, config: DecoderConfig) -> None:
-    """Raises ValueError where a model cannot be split as a plan says."""
+def check_plan(plan: Plan, config: DecoderConfig, partly_trained: bool = False) -> None:
+    """Raises ValueError where a model, all or only some of which is trained, cannot be split as a plan says."""
+    if partly_trained and (plan.tensor > 1 or plan.pipeline > 1):
+        raise ValueError(
+            f"adapters and frozen parameters need whole layers on a rank, got tensor {plan.tensor} and pipeline "
+            f"{plan.pipeline}; use data, context and shard zero3"
+        )
     heads, stages = config.attention.num_heads, plan.pipeline * plan.stages_per_rank
     if plan.expert != 1:
         raise ValueError(f"the trainer runs no expert axis yet, got expert {plan.expert}; set expert to 1")

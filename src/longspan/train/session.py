@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -30,16 +31,18 @@ from longspan.train.liveness import Heartbeat, InterruptFlag
 from longspan.train.loop import Meter, NotFiniteError, Trainer, gathered, steps_of
 from longspan.train.manifest import step_name
 from longspan.train.metrics import MetricsWriter
-from longspan.train.progress import TrainProgress
+from longspan.train.progress import TrainProgress, say
 from longspan.train.setting import Setting, first_on_rank_0, patient_group, resolve
 
 log = logging.getLogger(__name__)
 
 
-def held_out_score(trainer: Trainer, setting: Setting, context: int) -> tuple[float, float]:
-    """(nats per token, bits per byte) of the held-out text at one context. Collective."""
+def held_out_score(trainer: Trainer, setting: Setting, context: int) -> tuple[float, float | None]:
+    """(nats per token, bits per byte) of the held-out text at one context; no bits of conversations. Collective."""
     windows = setting.windows[context]
     nats, labels = total_nats(trainer.model, windows, trainer.prepare, trainer.mesh, trainer.device, trainer.pipeline)
+    if setting.train.labelled:
+        return nats / labels, None
     return nats / labels, bits_per_byte(nats, len(scored_bytes(windows, setting.tokenizer)))
 
 
@@ -96,9 +99,10 @@ class Records:
     def step(self, step: int, **values: Any) -> None:
         self._write("step", step, **values)
 
-    def eval(self, step: int, scores: Mapping[int, tuple[float, float]]) -> None:
+    def eval(self, step: int, scores: Mapping[int, tuple[float, float | None]]) -> None:
         for context, (loss, bits) in scores.items():
-            self._write("eval", step, loss=loss, sequence_length=context, bits_per_byte=bits)
+            figures = {} if bits is None else {"bits_per_byte": bits}
+            self._write("eval", step, loss=loss, sequence_length=context, **figures)
 
     def event(self, step: int, message: str) -> None:
         self._write("event", step, message)
@@ -121,6 +125,7 @@ def _begin(setting: Setting, store: CheckpointStore, trainer: Trainer) -> tuple[
     done, position = 0, None
     if config.resume is not None:
         meta = store.load(_resume_step(config, store), trainer.model, trainer.optimizer, trainer.model.boxes())
+        setting.check_base(meta)
         done, position = int(meta["step"]), int(meta["position"])
     if done > setting.batches.num_steps:
         raise ValueError(
@@ -163,6 +168,8 @@ def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> bool:
     def save() -> None:
         meta: dict[str, Any] = {"step": done, "position": position, "config": config.to_dict()}
         meta |= {"plan": setting.plan.to_dict()}
+        if setting.base:  # adapters alone are saved: they mean nothing beside other weights
+            meta["base"] = setting.base
         store.save_async(done, trainer.model, trainer.optimizer, meta, trainer.model.boxes())
 
     def draw_ahead() -> list[tuple[Batch, Any]]:
@@ -271,7 +278,10 @@ def _conclude(
         records.event(done, f"stopped after {elapsed_s:.0f} s ({stop_reason})")
     records.close()
     peaks = [int(peak) for peak in gathered(Meter(trainer.device).read(1)[1])]
-    headline = [{"context": context, "model": bits} for context, (_, bits) in scores.items()]
+    headline = [{"context": context, "model": bits} for context, (_, bits) in scores.items() if bits is not None]
+    if setting.train.labelled and dist.get_rank() == 0:
+        for loss, _ in scores.values():
+            say(f"held-out loss of the assistant's tokens: {loss:.3f} nats a token", sys.stdout)
     finish(setting, trainer, Outcome(done, elapsed_s, headline, peaks, stop_reason))
 
 

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from longspan.attention import masks
 from longspan.context.build import resolve as resolve_schedule
 from longspan.model.config import DecoderConfig, LearnedPositionsConfig
+from longspan.model.hf_adapter import layer_names
+from longspan.model.hf_files import fingerprint
 from longspan.model.huggingface import ARCHITECTURES, read_config
 from longspan.plan.plan import Plan
 from longspan.train.checkpoint import PARTIAL
-from longspan.train.config import TrainConfig
+from longspan.train.config import EvalConfig, TrainConfig
 from longspan.train.data.batches import BatchPlan
 from longspan.train.data.corpus import Corpus, load_splits
-from longspan.train.data.evaluation import HeldOutWindows, fit_held_out, held_out_windows, scored_bytes
+from longspan.train.data.evaluation import (
+    HeldOutWindows,
+    conversation_windows,
+    fit_held_out,
+    held_out_windows,
+    scored_bytes,
+)
 from longspan.train.data.stream import TokenStream
 from longspan.train.data.tokenizers import Tokenizer, load_tokenizer
+from longspan.train.loop import outline
 from longspan.train.parallel import check_plan
 from longspan.train.pipeline import check_micros
 
@@ -35,6 +44,7 @@ class Setting:
 
     Attributes:
         group: gloo, for what may take long on one rank (`patient_group`).
+        base: with adapters, the fingerprint of the weights that they are beside; else "".
         not_exported: why the model cannot be written for Hugging Face; "" where it can.
         notes: what was left out of what was asked for, for the metrics, the terminal and the report.
     """
@@ -49,8 +59,25 @@ class Setting:
     windows: dict[int, HeldOutWindows]
     command: str
     group: dist.ProcessGroup
+    base: str
     not_exported: str
     notes: tuple[str, ...]
+
+    def check_base(self, meta: Mapping[str, Any]) -> None:
+        """Refuses to go on from a checkpoint whose adapters are beside other weights, or are scaled otherwise."""
+        if not self.base:
+            return
+        if meta.get("base") != self.base:
+            raise ValueError(
+                f"the checkpoint holds adapters and was written beside the weights of {meta['config']['init']}, got "
+                f"--init {self.config.init}, which has others; give the same weights"
+            )
+        if (kept := meta["config"]["lora"]) != (asked := self.config.to_dict()["lora"]):
+            changed = next(name for name in kept if kept[name] != asked[name])
+            raise ValueError(
+                f"a run goes on with its own adapters, got lora {changed} {asked[changed]} for a checkpoint with "
+                f"{kept[changed]}; leave it as it was"
+            )
 
 
 def patient_group() -> dist.ProcessGroup:
@@ -136,10 +163,18 @@ def resolve(
     first_on_rank_0(lambda: check_folder(config), group)
     tokenizer = load_tokenizer(config.tokenizer)
     decoder = _decoder(config, tokenizer, batches.max_length)
-    check_plan(plan, decoder)
+    check_plan(plan, decoder, partly_trained=bool(config.lora.rank or config.freeze))
     check_positions(decoder, batches.max_length, "rows", "--batch.length")
-    train, held_out = first_on_rank_0(lambda: load_splits(config.data, tokenizer, config.out / "tokens"), group)
-    windows, notes = _windows(config, held_out, tokenizer)
+    outline(decoder, config)
+    base = ""
+    if config.lora.rank and config.init is not None:
+        layer_names(decoder, config.lora.targets)
+        base = fingerprint(config.init)
+    train, held_out = first_on_rank_0(
+        lambda: load_splits(config.data, tokenizer, config.out / "tokens", max_tokens=batches.max_length),
+        group,
+    )
+    windows, notes = _windows(config, held_out, tokenizer, plan.context)
     for context in windows:
         check_positions(decoder, context, "evaluation contexts", "--eval.contexts")
     if train.skipped:
@@ -147,8 +182,9 @@ def resolve(
     if not_exported := why_not_exported(decoder):
         notes.append(f"the model is not exported: {not_exported}")
     return Setting(
-        config, plan, decoder, batches, tokenizer, train, held_out, windows, command, group, not_exported, tuple(notes)
-    )
+        config, plan, decoder, batches, tokenizer, train, held_out, windows, command, group, base, not_exported,
+        tuple(notes),
+    )  # fmt: skip
 
 
 def _decoder(config: TrainConfig, tokenizer: Tokenizer, max_length: int) -> DecoderConfig:
@@ -187,7 +223,7 @@ def why_not_exported(decoder: DecoderConfig) -> str:
 
 
 def _windows(
-    config: TrainConfig, held_out: Corpus | None, tokenizer: Tokenizer
+    config: TrainConfig, held_out: Corpus | None, tokenizer: Tokenizer, num_ranks: int
 ) -> tuple[dict[int, HeldOutWindows], list[str]]:
     """The held-out windows by context, and what a small held-out text has no room for."""
     asked = config.eval
@@ -195,6 +231,20 @@ def _windows(
         return {}, []
     if held_out is None:
         return {}, ["no evaluation: nothing is held out (--data.held-out 0)"]
+    if held_out.labelled:
+        if asked.contexts != EvalConfig().contexts:
+            raise ValueError(
+                f"conversations are scored whole, each alone, got contexts {asked.contexts}: leave out --eval.contexts"
+            )
+        window = conversation_windows(held_out, asked.tokens)
+        if window.tokens.shape[1] < num_ranks:
+            raise ValueError(
+                f"a conversation must have a token for each of {num_ranks} ranks that share it, got held-out ones of "
+                f"{window.tokens.shape[1]} at most: use fewer ranks"
+            )
+        return {window.tokens.shape[1]: window}, [
+            f"{window.num_labels:,} tokens of {len(window.tokens):,} held-out conversations are scored"
+        ]
     stream = TokenStream(held_out, config.seed)
     contexts, num_tokens = fit_held_out(stream, asked.contexts, asked.tokens)
     windows = held_out_windows(stream, contexts, num_tokens)

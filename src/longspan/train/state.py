@@ -22,13 +22,16 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.optim import Optimizer
 
 from longspan.layout.weights import Box
+from longspan.model.lora import is_adapter
 from longspan.model.shards import local_part
 from longspan.train.manifest import CheckpointError
 
@@ -92,7 +95,16 @@ class Writer(FileSystemWriter):
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
-    return {f"model/{name}": value for name, value in get_model_state_dict(model).items()}
+    """Of a model with adapters these alone: the rest is as in the checkpoint that the run began with."""
+    state = get_model_state_dict(model)
+    adapters = {name: value for name, value in state.items() if is_adapter(name)}
+    return {f"model/{name}": value for name, value in (adapters or state).items()}
+
+
+def set_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    given = {key.split("/", 1)[1]: value for key, value in state.items() if key.startswith("model/")}
+    adapted = any(map(is_adapter, given))
+    set_model_state_dict(model, given, options=StateDictOptions(strict=not adapted))
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

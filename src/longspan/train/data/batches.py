@@ -10,6 +10,7 @@ attention never costs more than `length` squared, and what a token sees does not
 
 Labels are shifted along the whole stream: the label of a row's last token is the token that follows it in the stream,
 in another row or rank. With packing "documents" the last token of a document (its separator) has no label.
+Of conversations only what is to be learnt is a label.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ def draw(
     count = (stop - first) * length
     window = stream.read(position + first * length, count + 1)
     tokens, labels, lengths = window.tokens[:-1], window.tokens[1:].copy(), None
+    if window.learnt is not None:
+        labels[~window.learnt[1:]] = NO_LABEL
     shape = (stop - first, length)
     if packing == "documents":
         starts = np.cumsum((0, *window.lengths[:-1]))

@@ -8,6 +8,9 @@ between context // 2 and context - 1 tokens before the one predicted, at the cos
 scored, at every length. Separators are context, but not scored: bits per byte are then of text alone, and the baselines
 are of the same bytes.
 
+Of conversations each is a window of its own, whole, and what is learnt is scored: the loss a token is their figure, for
+bits per byte of a part of a text, and what zlib makes of it, compare nothing.
+
 Baselines: a byte bigram with add-one smoothing fitted on training bytes, log2 of p(b | a) = (n_ab + 1) / (n_a + 256),
 and zlib at level 9, which adapts to the scored bytes but has no training data and a window of 32 KiB.
 """
@@ -103,6 +106,36 @@ def _windows(tokens: np.ndarray, context: int, first: int, separator: int) -> He
         labels=torch.from_numpy(labels),
         scored=tokens[first:],
         num_labels=int((labels != NO_LABEL).sum()),
+    )
+
+
+def conversation_windows(corpus: Corpus, num_tokens: int) -> HeldOutWindows:
+    """A window for each held-out conversation, in order, until `num_tokens` that are learnt are scored.
+
+    Shorter ones are filled up behind their end, where under a causal mask nobody looks. Raises ValueError where nothing
+    is scored.
+    """
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    scored = 0
+    for document in range(corpus.num_documents):
+        if scored >= num_tokens:
+            break
+        ids = corpus.read(document)
+        labels = np.where(corpus.learnt(document), ids, NO_LABEL)[1:]
+        found.append((ids[:-1], labels))
+        scored += int((labels != NO_LABEL).sum())
+    if not scored:
+        raise ValueError("held-out conversations must have an answer to score, got none: hold out more of them")
+    length = max(len(ids) for ids, _ in found)
+    rows = np.full((len(found), length), corpus.separator_id, np.int64)
+    labels = np.full((len(found), length), NO_LABEL, np.int64)
+    for index, (ids, wanted) in enumerate(found):
+        rows[index, : len(ids)], labels[index, : len(ids)] = ids, wanted
+    return HeldOutWindows(
+        tokens=torch.from_numpy(rows),
+        labels=torch.from_numpy(labels),
+        scored=labels[labels != NO_LABEL],
+        num_labels=scored,
     )
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 
 from longspan.train.data.corpus import Corpus
 
@@ -26,10 +26,12 @@ class Window(NamedTuple):
         tokens: int64 (count,).
         lengths: tokens of each document in the window, in order, its separator included; the first and the last
             document may be cut by the window. They add up to count.
+        learnt: bool (count,): what is to be learnt, separators not; None where everything is.
     """
 
     tokens: Int64[np.ndarray, " count"]
     lengths: tuple[int, ...]
+    learnt: Bool[np.ndarray, " count"] | None = None
 
 
 class TokenStream:
@@ -59,6 +61,7 @@ class TokenStream:
         if position < 0 or count < 0:
             raise ValueError(f"a stream is read at position >= 0 and count >= 0, got {position} and {count}")
         tokens = np.empty(count, np.int64)
+        learnt = np.zeros(count, bool) if self.corpus.labelled else None
         lengths, filled = [], 0
         while filled < count:
             epoch, offset = divmod(position + filled, self.epoch_tokens)
@@ -71,6 +74,8 @@ class TokenStream:
                 taken = min(length + 1 - inside, count - filled)
                 body = self.corpus.read(document, inside, inside + taken)
                 tokens[filled : filled + len(body)] = body
+                if learnt is not None:
+                    learnt[filled : filled + len(body)] = self.corpus.learnt(document, inside, inside + taken)
                 if len(body) < taken:
                     tokens[filled + len(body)] = self.corpus.separator_id
                 lengths.append(taken)
@@ -78,7 +83,7 @@ class TokenStream:
                 offset += taken
                 if filled == count:
                     break
-        return Window(tokens, tuple(lengths))
+        return Window(tokens, tuple(lengths), learnt)
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents of an epoch in order, and the offset at which each ends, its separator included."""

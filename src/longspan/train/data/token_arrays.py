@@ -2,7 +2,8 @@
 
 Two forms are read. `.bin`, written by `write_token_array`: 512 bytes of JSON header (format, dtype, vocab_size, number
 of tokens and of documents), the tokens of all documents end to end without separators, then per document its length
-(int64) and a 64-bit key of its name (uint64), little-endian. `.npy`: any one-dimensional integer array whose documents
+(int64) and a 64-bit key of its name (uint64), little-endian; where the header says "learnt", a byte a token follows: 1
+where the token is a label, 0 where it is only read. `.npy`: any one-dimensional integer array whose documents
 end with the tokenizer's separator id (the separators are found by reading the array once).
 """
 
@@ -34,6 +35,7 @@ class TokenArray:
         starts, lengths: int64 (num documents,): where a document lies in `tokens`, separators not included.
         keys: uint64 (num documents,): decides the held-out split.
         header: JSON header of a `.bin`, else empty.
+        learnt: (num tokens,) memory map of uint8, 1 where a token is a label; None: all are.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class TokenArray:
     lengths: np.ndarray
     keys: np.ndarray
     header: dict
+    learnt: np.ndarray | None = None
 
 
 def write_token_array(
@@ -51,6 +54,7 @@ def write_token_array(
     vocab_size: int,
     names: Callable[[], Sequence[str]] | None = None,
     extra: Callable[[], dict] = dict,
+    learnt: Callable[[], Iterable[np.ndarray]] | None = None,
 ) -> Path:
     """Writes documents of token ids, without separators, to a `.bin`; the file appears whole or not at all.
 
@@ -60,6 +64,7 @@ def write_token_array(
         vocab_size: ids are below it; it decides between 16 and 32 bits.
         names: asked after the documents: their names, for the held-out split. None: their numbers decide.
         extra: asked after the documents: further fields of the header.
+        learnt: asked after the documents: for each of them in turn, which tokens are labels. None: all.
 
     Raises ValueError for ids outside the vocabulary or no tokens at all, OSError where the disk refuses.
     """
@@ -94,12 +99,17 @@ def write_token_array(
             num_tokens = sum(lengths)
             file.write(b"\0" * (-num_tokens * dtype.itemsize % 8))
             file.write(np.array(lengths, "<i8")[used].tobytes() + keys[used].astype("<u8").tobytes())
+            marks = 0
+            for mark in () if learnt is None else learnt():
+                marks += file.write(mark.astype(np.uint8).tobytes())
+            assert learnt is None or marks == num_tokens, "one mark a token"
             header = {
                 "format": FORMAT,
                 "dtype": dtype.name,
                 "vocab_size": vocab_size,
                 "num_tokens": num_tokens,
                 "num_documents": len(used),
+                "learnt": learnt is not None,
                 **extra(),
             }
             encoded = json.dumps(header).encode()
@@ -127,6 +137,15 @@ def open_token_array(path: str | Path, *, vocab_size: int, separator_id: int) ->
         return _open_bin(path, vocab_size)
     except OSError as error:
         raise ValueError(f"a token array must be readable, got {path} ({error}): check the path") from None
+
+
+def map_learnt(path: Path) -> np.ndarray | None:
+    """Which tokens of an array that `open_token_array` has accepted before are labels; None: all."""
+    header = {} if path.suffix == ".npy" else read_header(path)
+    if not header.get("learnt"):
+        return None
+    num_tokens = header["num_tokens"]
+    return np.memmap(path, np.uint8, mode="r", offset=path.stat().st_size - num_tokens, shape=(num_tokens,))
 
 
 def map_tokens(path: Path) -> np.ndarray:
@@ -164,7 +183,8 @@ def _open_bin(path: Path, vocab_size: int) -> TokenArray:
     num_tokens, num_documents = header["num_tokens"], header["num_documents"]
     tables = _HEADER_BYTES + num_tokens * dtype.itemsize
     tables += -num_tokens * dtype.itemsize % 8
-    expected, size = tables + 16 * num_documents, path.stat().st_size
+    expected = tables + 16 * num_documents + (num_tokens if header.get("learnt") else 0)
+    size = path.stat().st_size
     if size != expected:
         raise ValueError(f"{path} must have {expected} bytes by its header, got {size} (truncated?): write it again")
     tokens = map_tokens(path)
@@ -176,7 +196,7 @@ def _open_bin(path: Path, vocab_size: int) -> TokenArray:
         raise ValueError(
             f"{path} must have document lengths that add up to {num_tokens} tokens, got others: write it again"
         )
-    return TokenArray(path, tokens, ends - lengths, lengths, keys, header)
+    return TokenArray(path, tokens, ends - lengths, lengths, keys, header, map_learnt(path))
 
 
 def _open_npy(path: Path, vocab_size: int, separator_id: int) -> TokenArray:

@@ -167,6 +167,15 @@ class HuggingFaceTokenizer:
                 ) from None
         return np.asarray(self._backend.encode(text, add_special_tokens=False).ids, np.int64)
 
+    def encode_rendered(self, text: str) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, "n 2"]]:
+        """The ids of a text in which special tokens are meant, and each one's characters [start, stop)."""
+        self._backend.encode_special_tokens = False
+        try:
+            encoded = self._backend.encode(text, add_special_tokens=False)
+        finally:
+            self._backend.encode_special_tokens = True
+        return np.asarray(encoded.ids, np.int64), np.asarray(encoded.offsets, np.int64).reshape(-1, 2)
+
     def decode(self, ids: Sequence[int]) -> str:
         array = np.asarray(ids, np.int64).reshape(-1)
         _check_ids(array, self.vocab_size)
@@ -231,7 +240,7 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Puts beside a checkpoint what ``load_tokenizer(folder)`` needs to find the same tokenizer again."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        for name in ("tokenizer.json", "tokenizer_config.json"):
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             source = Path(tokenizer.name).with_name(name) if name != "tokenizer.json" else Path(tokenizer.name)
             if source.is_file():
                 shutil.copyfile(source, folder / name)
