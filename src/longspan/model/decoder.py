@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,25 @@ from longspan.mixers.rotary import Rotary
 from longspan.model.config import DecoderConfig
 from longspan.model.local import LocalContext
 from longspan.model.loss import chunked_cross_entropy
+from longspan.model.moe import Moe, Routing, balance_loss
 from longspan.model.parts import Block, Mlp, make_norm
 from longspan.model.shards import Region, fill
 
 _ROWS_PER_DRAW = 64
+
+
+class Losses(NamedTuple):
+    """What a model is trained on, summed over local tokens, fp32 at least.
+
+    Attributes:
+        cross_entropy: nats, over labels but -100.
+        num_labels: how many.
+        aux: the auxiliary loss of the experts' balance (`longspan.model.moe`); None where the model has none.
+    """
+
+    cross_entropy: Float[Tensor, ""]
+    num_labels: Int[Tensor, ""]
+    aux: Float[Tensor, ""] | None
 
 
 class DecoderLM(nn.Module):
@@ -26,9 +42,11 @@ class DecoderLM(nn.Module):
 
     Every entry takes a `Context`; None stands for one process that holds whole rows, causal. Under FSDP2 only `forward`
     runs the hooks that
-    gather weights: a caller of `hidden` or `loss` registers them with
+    gather weights: a caller of `hidden`, `loss` or `losses` registers them with
     `torch.distributed.fsdp.register_fsdp_forward_method`.
     """
+
+    expert_load: Tensor | None
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -41,6 +59,11 @@ class DecoderLM(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer, rotary) for layer in range(config.num_layers))
         self.norm = make_norm(config.norm, config.hidden_size)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        load = None
+        if config.moe is not None and config.moe.balance == "bias":
+            load = torch.zeros(len(config.sparse_layers), config.moe.num_experts, dtype=torch.int64)
+        # Local tokens of each expert since the last `balance`.
+        self.register_buffer("expert_load", load, persistent=False)
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab c"]:
@@ -59,8 +82,8 @@ class DecoderLM(nn.Module):
         for mlp in self._mlps():
             mlp.tile = tile
 
-    def _mlps(self) -> list[Mlp]:
-        return [module for module in self.modules() if isinstance(module, Mlp)]
+    def _mlps(self) -> list[Mlp | Moe]:
+        return [module for module in self.modules() if isinstance(module, (Mlp, Moe))]
 
     def forward(self, input_ids: Int64[Tensor, "b l"], ctx: Context | None = None) -> Float[Tensor, "b l vocab"]:
         """Logits of every local token."""
@@ -73,21 +96,24 @@ class DecoderLM(nn.Module):
             ValueError: ids of a wrong shape, dtype or range (the range on a CPU only; a GPU asserts in its gather), or
                 positions beyond the learned ones.
         """
-        self._check_ids(input_ids)
-        if ctx is None:
-            ctx = LocalContext(input_ids.shape[1], input_ids.device)
-        if ctx.positions.shape != input_ids.shape[1:]:
-            raise ValueError(
-                f"a context must have a position for each local token, got {tuple(ctx.positions.shape)} positions for "
-                f"{input_ids.shape[1]} tokens: pass the rank's own shard of the sequence"
-            )
-        x = self.embed(input_ids)
-        if self.embed_positions is not None:
-            self._check_positions(ctx.positions)
-            x = x + self.embed_positions(ctx.positions)
-        for block in self.blocks:
-            x = block(x, ctx)
-        return self.norm(x)
+        return self._run(input_ids, self._context(input_ids, ctx))[0]
+
+    def losses(
+        self,
+        input_ids: Int64[Tensor, "b l"],
+        labels: Int64[Tensor, "b l"],
+        ctx: Context | None = None,
+        *,
+        chunk_tokens: int = 1024,
+    ) -> Losses:
+        """Cross-entropy and auxiliary loss apart; full logits never exist. Collective where experts are balanced.
+
+        With balance "bias" and gradients on, the experts' load is noted for `balance`.
+        """
+        ctx = self._context(input_ids, ctx)
+        hidden, routings = self._run(input_ids, ctx)
+        total, num_labels = chunked_cross_entropy(hidden, self.head_weight, labels, chunk_tokens=chunk_tokens)
+        return Losses(total, num_labels, self._aux(routings, ctx))
 
     def loss(
         self,
@@ -97,8 +123,66 @@ class DecoderLM(nn.Module):
         *,
         chunk_tokens: int = 1024,
     ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-        """Summed cross-entropy (nats, fp32) over local labels but -100, and their number; full logits never exist."""
-        return chunked_cross_entropy(self.hidden(input_ids, ctx), self.head_weight, labels, chunk_tokens=chunk_tokens)
+        """What is minimised, and the number of labels: of `losses`, the cross-entropy plus the auxiliary loss."""
+        # Not self.losses, which may have FSDP's hooks of its own.
+        total, num_labels, aux = DecoderLM.losses(self, input_ids, labels, ctx, chunk_tokens=chunk_tokens)
+        return total if aux is None else total + aux, num_labels
+
+    def balance(self, ctx: Context | None = None) -> None:
+        """Moves the bias of every sparse layer against the load since the last call; does nothing without biases.
+
+        To be called once after each optimiser step. Collective over the ranks of `ctx.total`.
+        """
+        if self.expert_load is None:
+            return
+        load = self.expert_load if ctx is None else ctx.total(self.expert_load)
+        moes = [module for module in self.modules() if isinstance(module, Moe)]
+        for moe, counts in zip(moes, load, strict=True):
+            moe.move_bias(counts)
+        self.expert_load.zero_()
+
+    def reset_balance(self) -> None:
+        """Biases and noted load to zero: a model that comes from the meta device has no values there."""
+        for name, buffer in self.named_buffers():
+            if name.endswith(("selection_bias", "expert_load")):
+                buffer.zero_()
+
+    def _context(self, input_ids: Tensor, ctx: Context | None) -> Context:
+        self._check_ids(input_ids)
+        if ctx is None:
+            ctx = LocalContext(input_ids.shape[1], input_ids.device)
+        if ctx.positions.shape != input_ids.shape[1:]:
+            raise ValueError(
+                f"a context must have a position for each local token, got {tuple(ctx.positions.shape)} positions for "
+                f"{input_ids.shape[1]} tokens: pass the rank's own shard of the sequence"
+            )
+        return ctx
+
+    def _run(self, input_ids: Tensor, ctx: Context) -> tuple[Tensor, list[Routing]]:
+        """States after the last norm, and the routing of each sparse layer."""
+        x = self.embed(input_ids)
+        if self.embed_positions is not None:
+            self._check_positions(ctx.positions)
+            x = x + self.embed_positions(ctx.positions)
+        routings: list[Routing] = []
+        for block in self.blocks:
+            x, routing = block(x, ctx)
+            if routing is not None:
+                routings.append(routing)
+        return self.norm(x), routings
+
+    def _aux(self, routings: list[Routing], ctx: Context) -> Tensor | None:
+        moe = self.config.moe
+        if moe is None or moe.balance == "none":
+            return None
+        # What the blocks returned, not what they did: a recomputed block would count its tokens twice.
+        counts = torch.stack([routing.counts for routing in routings])
+        if moe.balance == "bias":
+            if torch.is_grad_enabled() and self.expert_load is not None:
+                self.expert_load += counts
+            return None
+        scores = [routing.scores for routing in routings if routing.scores is not None]
+        return balance_loss(moe, ctx.total(counts), torch.stack(scores))
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
@@ -153,7 +237,7 @@ def init_weights(model: DecoderLM, seed: int) -> None:
     biases 0.
 
     The values depend on (seed, parameter name) alone, not on sharding, ranks, device or the order of parameters: every
-    64 rows of a weight have a CPU generator of their own, seeded by a hash of (seed, name, first row), drawn in fp32. A
+    64 rows of a weight (of each matrix of a stack) have a CPU generator of their own, seeded by a hash of (seed, name, first row), drawn in fp32. A
     rank draws only the row groups that its shard touches (of a weight split along columns, all row groups, one at a
     time).
 
@@ -161,15 +245,16 @@ def init_weights(model: DecoderLM, seed: int) -> None:
         ValueError: parameters on the meta device.
     """
     std = model.config.init_std
+    model.reset_balance()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             fill(parameter, lambda region: torch.zeros(_shape(region)))
         elif parameter.ndim == 1:
             fill(parameter, lambda region: torch.ones(_shape(region)))
         else:
-            residual = name.endswith(("mixer.out.weight", "mlp.down.weight"))
+            residual = name.endswith(("mixer.out.weight", ".down.weight", "experts.down"))
             scale = std / (2 * model.config.num_layers) ** 0.5 if residual else std
-            columns = parameter.shape[1]
+            columns = parameter.shape[-1]
             fill(parameter, lambda region, n=name, s=scale, c=columns: _draw(seed, n, region, c, s))
 
 
@@ -178,6 +263,9 @@ def _shape(region: Region) -> tuple[int, ...]:
 
 
 def _draw(seed: int, name: str, region: Region, num_columns: int, std: float) -> Tensor:
+    if len(region) == 3:  # stacked matrices, each with a name of its own
+        stacked = range(region[0].start, region[0].stop)
+        return torch.stack([_draw(seed, f"{name}.{i}", region[1:], num_columns, std) for i in stacked])
     rows, columns = region
     out = torch.empty(_shape(region))
     first = rows.start - rows.start % _ROWS_PER_DRAW

@@ -13,6 +13,7 @@ from longspan.mixers.norm import RMSNorm
 from longspan.mixers.rotary import Rotary
 from longspan.mixers.softmax import Attention
 from longspan.model.config import DecoderConfig, MlpConfig, NormConfig
+from longspan.model.moe import Moe, Routing
 
 
 class LayerNorm(nn.Module):
@@ -68,6 +69,15 @@ class Mlp(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh" if self.config.kind == "gelu_tanh" else "none"))
 
 
+def make_channel_mixer(config: DecoderConfig, layer: int) -> Mlp | Moe:
+    """The mlp or the mixture of experts of one layer."""
+    moe, width = config.moe, config.hidden_size
+    if moe is None or layer in config.dense_layers:
+        return Mlp(config.mlp, width)
+    shared = Mlp(MlpConfig(inner_size=moe.shared_inner_size), width) if moe.shared_inner_size else None
+    return Moe(moe, width, shared)
+
+
 class Block(nn.Module):
     """One layer: token mixer and channel mixer with pre-norms, one after the other or side by side."""
 
@@ -78,12 +88,15 @@ class Block(nn.Module):
         self.mixer = Attention(config.attention, width, layer=layer, window=config.window(layer), rotary=rotary)
         # Side by side, both read the one norm.
         self.norm_mlp = make_norm(config.norm, width) if config.wiring == "sequential" else None
-        self.mlp = Mlp(config.mlp, width)
+        self.mlp = make_channel_mixer(config, layer)
 
-    def forward(self, x: Float[Tensor, "b l c"], ctx: Context) -> Float[Tensor, "b l c"]:
-        """The layer's output, residuals added."""
+    def forward(self, x: Float[Tensor, "b l c"], ctx: Context) -> tuple[Float[Tensor, "b l c"], Routing | None]:
+        """The layer's output, residuals added, and where tokens went; None where the layer has no experts."""
         normed = self.norm_mixer(x)
-        if self.norm_mlp is None:
-            return x + self.mixer(normed, ctx) + self.mlp(normed)
         x = x + self.mixer(normed, ctx)
-        return x + self.mlp(self.norm_mlp(x))
+        if self.norm_mlp is not None:
+            normed = self.norm_mlp(x)
+        if isinstance(self.mlp, Moe):
+            mixed, routing = self.mlp(normed)
+            return x + mixed, routing
+        return x + self.mlp(normed), None
