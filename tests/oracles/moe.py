@@ -53,9 +53,9 @@ def mixture(
 
 
 def switch_loss(scores: list[np.ndarray], chosen: list[np.ndarray], *, pooled: bool) -> float:
-    """Mean over tokens, coefficient 1. `scores`: (tokens, experts) of each layer, rows summing to 1; `chosen` (tokens, k).
+    """Each layer's loss added up, or the loss of all layers as one long layer; mean over tokens, coefficient 1.
 
-    Each layer's loss added up, or one loss of all layers as one long layer.
+    `scores`: (tokens, experts) of each layer, rows summing to 1; `chosen`: (tokens, k).
     """
     if pooled:
         scores, chosen = [np.concatenate(scores)], [np.concatenate(chosen)]

@@ -68,8 +68,8 @@ class MoeConfig:
             "aux_pooled": one over all layers together, as transformers has it; "bias": without a loss (DeepSeek-V3).
         aux_coef: weight of the auxiliary loss.
         bias_speed: step of the bias at each optimiser step.
-        capacity_factor: an expert takes at most ceil(factor · k · l / E) of the l local tokens of a row, the first ones,
-            and adds nothing to the others; None: all (dropless).
+        capacity_factor: an expert takes at most ceil(factor · k · l / E) of the l local tokens of a row, the first
+            ones, and adds nothing to the others; None: all (dropless).
     """
 
     num_experts: int

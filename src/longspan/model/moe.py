@@ -5,7 +5,7 @@ expert a swiglu; an optional shared expert, of all tokens, is added. The work go
 other, so that tokens can be sent to other ranks between them:
 
     route    tokens -> experts and weights of each token
-    arrange  experts -> the order that puts (token, choice) slots of one expert side by side, and a count for each expert
+    arrange  experts -> the order that puts (token, choice) slots of one expert side by side, and each expert's count
     gather   tokens, order -> rows, sorted by expert
     compute_experts   rows, counts, the weights of *some* experts -> rows
     combine  rows, order, weights -> the weighted sum for each token
@@ -15,10 +15,10 @@ computation, rounded to bf16 like all others). `renormalise` divides the chosen 
 
 Balance. With f_e the share of the T tokens of the batch that e was chosen for (Σ_e f_e = k; before any capacity) and
 p_e(t) the score of e at token t (sigmoids divided by their sum over experts), the loss is
-coef · E · Σ_e f_e · mean_t p_e(t): the Switch Transformer's (Fedus et al. 2021, arXiv:2101.03961, eq. 4 to 6) for k = 1,
-of each sparse layer ("aux", layers added), or once with f and p averaged over the layers ("aux_pooled"). The latter is
-exactly transformers' `load_balancing_loss_func`, and `aux_coef` then its `router_aux_loss_coef`. DeepSeek's f is divided
-by k: its coefficient is k times ours. The gradient goes through p alone. `balance_loss` is the sum over *local tokens*,
+coef · E · Σ_e f_e · mean_t p_e(t), for k = 1 the Switch Transformer's (Fedus et al. 2021, arXiv:2101.03961, eq. 4 to
+6): of each sparse layer ("aux", layers added up), or once with f and p averaged over these layers ("aux_pooled"). The
+latter is exactly transformers' `load_balancing_loss_func`, and `aux_coef` then its `router_aux_loss_coef`. DeepSeek's f
+is divided by k: its coefficient is k times ours. The gradient goes through p alone. `balance_loss` is the sum over *local tokens*,
 T · the formula when added up over all ranks that share the batch, to go with a summed cross-entropy: divided by the
 number of labels, the coefficient counts (tokens / labels) times. Only f, so only counts, is global.
 
@@ -96,7 +96,7 @@ def route(
     return Routing(experts, weights, counts, kept, total)
 
 
-def count(experts: Int64[Tensor, "..."], num_experts: int) -> Int64[Tensor, " e"]:
+def count(experts: Int64[Tensor, ...], num_experts: int) -> Int64[Tensor, " e"]:
     """How often each expert occurs."""
     flat = experts.flatten()  # bincount would ask a GPU for its largest value
     return flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
