@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterator
@@ -31,6 +32,10 @@ SMALL: dict[str, Any] = {
 }
 LLAMA = SMALL | {"hidden_size": 44, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
 QWEN3 = SMALL | {"hidden_size": 22, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10}
+QWEN2 = SMALL | {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+# transformers' grouped products want sizes of whole 16 bytes.
+MIXTRAL = LLAMA | {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 36}
+QWEN3_MOE = QWEN3 | {"hidden_size": 28, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 GPT2: dict[str, Any] = {
     "vocab_size": VOCAB,
     "n_layer": 3,
@@ -69,6 +74,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3",
         QWEN3 | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "tie_word_embeddings": True},
     ),
+    "qwen2": ("Qwen2", QWEN2),
+    "qwen2 windows tied": (
+        "Qwen2",
+        QWEN2 | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2, "tie_word_embeddings": True},
+    ),
+    "mixtral": ("Mixtral", MIXTRAL | {"output_router_logits": True, "router_aux_loss_coef": 0.3}),
+    "mixtral window": ("Mixtral", MIXTRAL | {"sliding_window": 5}),
+    "qwen3 moe": ("Qwen3Moe", QWEN3_MOE | {"norm_topk_prob": True, "attention_bias": True}),
+    "qwen3 moe some dense": (
+        "Qwen3Moe",
+        QWEN3_MOE | {"mlp_only_layers": [2], "output_router_logits": True, "router_aux_loss_coef": 0.2},
+    ),
+    "qwen3 moe every second": (
+        "Qwen3Moe",
+        QWEN3_MOE | {"decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 4},
+    ),
     "gpt2": ("GPT2", GPT2),
     "gpt2 untied gelu": ("GPT2", GPT2 | {"tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 41}),
 }
@@ -76,6 +97,9 @@ CLASSES = {
     "Llama": "LlamaForCausalLM",
     "Mistral": "MistralForCausalLM",
     "Qwen3": "Qwen3ForCausalLM",
+    "Qwen2": "Qwen2ForCausalLM",
+    "Mixtral": "MixtralForCausalLM",
+    "Qwen3Moe": "Qwen3MoeForCausalLM",
     "GPT2": "GPT2LMHeadModel",
 }
 
@@ -141,7 +165,74 @@ def test_logits_equal_transformers_both_ways(case: str, tmp_path: Path) -> None:
     assert difference(again, ours) == 0
 
 
-@pytest.mark.parametrize("case", ["llama tied biases", "gpt2"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen3 moe some dense", "qwen3 moe", "qwen2"])
+def test_loss_with_the_routers_and_gradients_equal_transformers(case: str, tmp_path: Path) -> None:
+    reference = theirs(case)
+    reference.save_pretrained(tmp_path)
+    ours = load_pretrained(tmp_path)
+    ids = tokens()
+    output = reference(ids, labels=ids)
+    output.loss.backward()
+    labels = ids.roll(-1, 1)
+    labels[:, -1] = -100
+    cross_entropy, num_labels, aux = ours.losses(ids, labels)
+    expects_aux = bool(CASES[case][1].get("output_router_logits"))
+    assert (aux is not None) == expects_aux
+    loss = cross_entropy / num_labels
+    if aux is not None:
+        # Theirs is a mean over tokens, of which the last of a row has no label.
+        loss = loss + aux / ids.numel()
+        assert (aux / ids.numel()).item() == pytest.approx(
+            CASES[case][1]["router_aux_loss_coef"] * output.aux_loss.item(), rel=1e-5
+        )
+    loss.backward()
+    assert loss.item() == pytest.approx(output.loss.item(), rel=1e-5)
+    given = {name: p.grad for name, p in reference.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None, name
+        expected = their_gradient(name, given)
+        assert (parameter.grad - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+    if aux is not None:  # the test bites: without the auxiliary loss the routers' gradients differ
+        layer = ours.config.sparse_layers[0]
+        ours.zero_grad()
+        (ours.losses(ids, labels).cross_entropy / num_labels).backward()
+        router: Any = ours.get_parameter(f"blocks.{layer}.mlp.router.weight").grad
+        expected = their_gradient(f"blocks.{layer}.mlp.router.weight", given)
+        assert (router - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+def their_gradient(name: str, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of a parameter of ours, from the modules in which transformers holds its own, experts' gate and up in one."""
+    for ours, theirs_ in (
+        ("blocks.", "model.layers."),
+        ("norm_mixer", "input_layernorm"),
+        ("norm_mlp", "post_attention_layernorm"),
+        (".mixer.out.", ".self_attn.o_proj."),
+        (".mixer.q_norm.", ".self_attn.q_norm."),
+        (".mixer.k_norm.", ".self_attn.k_norm."),
+        (".mixer.q.", ".self_attn.q_proj."),
+        (".mixer.k.", ".self_attn.k_proj."),
+        (".mixer.v.", ".self_attn.v_proj."),
+        ("mlp.router.", "mlp.gate."),
+        ("mlp.down.", "mlp.down_proj."),
+    ):
+        name = name.replace(ours, theirs_)
+    if ".experts." in name:
+        stem, kind = name.rsplit(".", 1)
+        if kind == "down":
+            return given[f"{stem}.down_proj"]
+        return given[f"{stem}.gate_up_proj"].chunk(2, dim=1)[0 if kind == "gate" else 1]
+    if f"{name.rsplit('.', 2)[0]}.gate_proj.weight" in given and ".mlp." in name:
+        name = name.replace("mlp.gate.", "mlp.gate_proj.").replace("mlp.up.", "mlp.up_proj.")
+    outer = {
+        "embed.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+    }
+    return given[outer.get(name, name)]
+
+
+@pytest.mark.parametrize("case", ["llama tied biases", "gpt2", "mixtral", "qwen3 moe some dense"])
 def test_checkpoints_in_several_files(case: str, tmp_path: Path) -> None:
     reference = theirs(case)
     reference.save_pretrained(tmp_path / "theirs", max_shard_size="10KB")
@@ -160,7 +251,18 @@ def test_checkpoints_in_several_files(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["llama linear", "llama llama3", "llama yarn", "llama yarn mscale", "mistral window", "qwen3 windows tied"]
+    "case",
+    [
+        "llama linear",
+        "llama llama3",
+        "llama yarn",
+        "llama yarn mscale",
+        "mistral window",
+        "qwen3 windows tied",
+        "qwen2 windows tied",
+        "mixtral window",
+        "qwen3 moe every second",
+    ],
 )
 def test_what_the_config_says_moves_the_logits(case: str, tmp_path: Path) -> None:
     # The tests above would pass on a case whose scaling or window does nothing: without it, logits must differ.
@@ -267,6 +369,9 @@ def test_export_chooses_an_architecture_or_says_why_none_fits(tmp_path: Path) ->
     for case, name in (
         ("llama", "LlamaForCausalLM"),
         ("mistral window", "MistralForCausalLM"),
+        ("qwen2", "Qwen2ForCausalLM"),
+        ("mixtral", "MixtralForCausalLM"),
+        ("qwen3 moe some dense", "Qwen3MoeForCausalLM"),
         ("gpt2", "GPT2LMHeadModel"),
     ):
         theirs(case).save_pretrained(tmp_path / case)
@@ -322,6 +427,47 @@ def test_what_is_not_understood_is_refused_by_name(changes: dict[str, Any], word
     with pytest.raises(ValueError, match=words) as caught:
         load_pretrained(llama)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "words"),
+    [
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+        ("mixtral", {"num_local_experts": 6}, r"gate\.weight'.*\(6, 44\), got \(5, 44\)"),
+        ("mixtral", {"num_experts_per_tok": 9}, r"experts_per_token must lie in 1\.\.5, got 9"),
+        ("qwen3 moe", {"mlp_only_layers": [0]}, r"'model\.layers\.0\.mlp\.gate_proj\.weight'"),
+        ("qwen3 moe", {"num_experts": 5}, "'num_experts' must be 6"),
+        ("qwen3 moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ("qwen3 moe", {"n_shared_experts": 1}, "n_shared_experts"),
+        ("qwen2", {"model_type": "qwen3"}, "'model_type' must be 'qwen2'"),
+    ],
+)
+def test_experts_that_are_not_understood_are_refused(
+    case: str, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    theirs(case).save_pretrained(tmp_path)
+    edit(tmp_path, **changes)
+    with pytest.raises(ValueError, match=words):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"balance": "bias"}, "a choice without a bias"),
+        ({"capacity_factor": 1.0}, "no capacity"),
+        ({"score": "sigmoid"}, "softmax scores"),
+        ({"shared_inner_size": 4}, "experts without a shared one"),
+        ({"renormalise": False}, "chosen scores divided by their sum"),
+    ],
+)
+def test_experts_without_words_are_not_exported(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    theirs("mixtral").save_pretrained(tmp_path / "theirs")
+    config = read_config(tmp_path / "theirs")
+    assert config.moe is not None
+    model = DecoderLM(dataclasses.replace(config, moe=dataclasses.replace(config.moe, **changes)))
+    with pytest.raises(ValueError, match=f"MixtralForCausalLM cannot hold this model: it needs {words}"):
+        save_pretrained(model, tmp_path / "ours", architecture="MixtralForCausalLM")
 
 
 def test_gpt2_variants_are_refused_by_name(tmp_path: Path) -> None:

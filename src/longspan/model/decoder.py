@@ -238,8 +238,8 @@ def init_weights(model: DecoderLM, seed: int) -> None:
 
     The values depend on (seed, parameter name) alone, not on sharding, ranks, device or the order of parameters: every
     64 rows of a weight (of each matrix of a stack) have a CPU generator of their own, seeded by a hash of (seed, name,
-    first row), drawn in fp32. A rank draws only the row groups that its shard touches (of a weight split along columns, all row groups, one at a
-    time).
+    first row), drawn in fp32. A rank draws only the row groups that its shard touches (of a weight split along columns,
+    all row groups, one at a time).
 
     Raises:
         ValueError: parameters on the meta device.

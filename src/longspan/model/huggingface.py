@@ -20,12 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from longspan.model import hf_configs, hf_export, hf_files
+from longspan.model import hf_configs, hf_export, hf_files, hf_moe
 from longspan.model.config import DecoderConfig
 from longspan.model.decoder import DecoderLM, build
 from longspan.model.hf_files import TensorFiles
 from longspan.model.hf_names import Stored, gpt2_names, llama_names
-from longspan.model.shards import Region, fill, is_sharded
+from longspan.model.shards import Region, fill, fill_entry, is_sharded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +53,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Qwen3ForCausalLM": Architecture(
         model_type="qwen3", read=hf_configs.read_qwen3, write=hf_export.write_qwen3, names=llama_names
+    ),
+    "Qwen2ForCausalLM": Architecture(
+        model_type="qwen2", read=hf_configs.read_qwen2, write=hf_export.write_qwen2, names=llama_names
+    ),
+    "MixtralForCausalLM": Architecture(
+        model_type="mixtral", read=hf_moe.read_mixtral, write=hf_moe.write_mixtral, names=hf_moe.mixtral_names
+    ),
+    "Qwen3MoeForCausalLM": Architecture(
+        model_type="qwen3_moe", read=hf_moe.read_qwen3_moe, write=hf_moe.write_qwen3_moe, names=hf_moe.qwen3_moe_names
     ),
     "GPT2LMHeadModel": Architecture(
         model_type="gpt2",
@@ -107,7 +116,11 @@ def load_into(model: DecoderLM, path: str | os.PathLike[str]) -> None:
     files = TensorFiles(folder)
     parameters = dict(model.named_parameters())
     plan = _match(architecture, model, files, folder)
+    model.reset_balance()
     for entry, name in plan:
+        if entry.index is not None:
+            fill_entry(parameters[entry.ours[0]], entry.index, _reader(files, name, 0, entry.transposed))
+            continue
         start = 0
         for ours in entry.ours:
             parameter = parameters[ours]
@@ -258,8 +271,9 @@ def save_pretrained(
 
     relay = _Relay(sharded=is_sharded(model))
     relay.run(lambda: _prepare(folder))
+    gather = _Gather(parameters, dtype, keep=relay.writes)
     for file, names in files.items():
-        tensors = {theirs: _gather(stored[theirs], parameters, dtype, keep=relay.writes) for theirs in names}
+        tensors = {theirs: gather(stored[theirs]) for theirs in names}
         relay.run(lambda file=file, tensors=tensors: hf_files.write_tensors(folder / file, tensors))
     relay.run(lambda: _finish(folder, values, files, sum(num_bytes.values())))
 
@@ -306,14 +320,29 @@ def _describe(config: DecoderConfig, architecture: str | None) -> tuple[str, dic
     raise ValueError(f"no Hugging Face architecture can hold this model: {'; '.join(reasons)}")
 
 
-def _gather(entry: Stored, parameters: Mapping[str, Tensor], dtype: torch.dtype, *, keep: bool) -> Tensor:
-    parts = []
-    for name in entry.ours:
-        parameter = parameters[name].detach()
+class _Gather:
+    """Stored tensors from parameters; of a stack, whose entries come one after another, the last one gathered stays."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], dtype: torch.dtype, *, keep: bool) -> None:
+        self.parameters, self.dtype, self.keep = parameters, dtype, keep
+        self._last: tuple[str, Tensor] | None = None
+
+    def __call__(self, entry: Stored) -> Tensor:
+        if entry.index is not None:
+            (name,) = entry.ours
+            if self._last is None or self._last[0] != name:
+                self._last = None  # not two at a time
+                self._last = (name, self._whole(name))
+            # A copy: safetensors takes no two tensors of one storage.
+            return self._last[1][entry.index].clone() if self.keep else torch.empty(0)
+        parts = [self._whole(name) for name in entry.ours]
+        joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return joined.t() if entry.transposed and self.keep else joined
+
+    def _whole(self, name: str) -> Tensor:
+        parameter = self.parameters[name].detach()
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        parts.append(whole.to("cpu", dtype) if keep else torch.empty(0))
-    joined = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return joined.t() if entry.transposed and keep else joined
+        return whole.to("cpu", self.dtype) if self.keep else torch.empty(0)
 
 
 def _prepare(folder: Path) -> None:

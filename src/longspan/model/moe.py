@@ -18,9 +18,9 @@ p_e(t) the score of e at token t (sigmoids divided by their sum over experts), t
 coef · E · Σ_e f_e · mean_t p_e(t), for k = 1 the Switch Transformer's (Fedus et al. 2021, arXiv:2101.03961, eq. 4 to
 6): of each sparse layer ("aux", layers added up), or once with f and p averaged over these layers ("aux_pooled"). The
 latter is exactly transformers' `load_balancing_loss_func`, and `aux_coef` then its `router_aux_loss_coef`. DeepSeek's f
-is divided by k: its coefficient is k times ours. The gradient goes through p alone. `balance_loss` is the sum over *local tokens*,
-T · the formula when added up over all ranks that share the batch, to go with a summed cross-entropy: divided by the
-number of labels, the coefficient counts (tokens / labels) times. Only f, so only counts, is global.
+is divided by k: its coefficient is k times ours. The gradient goes through p alone. `balance_loss` is the sum over
+*local tokens*, T · the formula when added up over all ranks that share the batch, to go with a summed cross-entropy:
+divided by the number of labels, the coefficient counts (tokens / labels) times. Only f, so only counts, is global.
 
 "bias" has no loss (Wang et al. 2024, arXiv:2408.15664, algorithm 1): a bias b_e joins the scores where experts are
 chosen, never the weights, and moves by speed · sign(mean load - load of e) once an optimiser step.

@@ -46,6 +46,16 @@ def fill(parameter: Tensor, read: Callable[[Region], Tensor]) -> None:
         local.copy_(read(region))
 
 
+@torch.no_grad()
+def fill_entry(parameter: Tensor, index: int, read: Callable[[Region], Tensor]) -> None:
+    """As `fill`, for the entry `index` of the parameter's dim 0 alone: reads where this process holds a part of it."""
+    local, region = local_part(parameter)
+    if local.is_meta:
+        raise ValueError('parameters to fill need memory, got them on "meta": call model.to_empty(device=...) first')
+    if region[0].start <= index < region[0].stop:
+        local[index - region[0].start].copy_(read(region[1:]))
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether any parameter is a DTensor."""
     return any(isinstance(p, DTensor) for p in model.parameters())
