@@ -21,6 +21,7 @@ class Mesh:
         parameters: 2-D mesh (replicate, shard) over all ranks, for FSDP2.
         data_rank, data_size, context_rank, context_size: coordinates.
         context_group: the ranks that share this rank's sequences.
+        tokens_group: the ranks that hold the batch together, data x context.
     """
 
     device_mesh: DeviceMesh
@@ -30,6 +31,7 @@ class Mesh:
     context_rank: int
     context_size: int
     context_group: dist.ProcessGroup
+    tokens_group: dist.ProcessGroup
 
 
 def make_mesh(data: int, context: int, *, shard: bool, device_type: str) -> Mesh:
@@ -51,4 +53,5 @@ def make_mesh(data: int, context: int, *, shard: bool, device_type: str) -> Mesh
         mesh.get_local_rank("context"),
         context,
         mesh.get_group("context"),
+        parameters.get_group("shard" if shard else "replicate"),
     )

@@ -25,7 +25,13 @@ def make_context(
     mask = masks.causal(num_tokens)
     prepared = prepare.of(mask, rows)
     ctx = SequenceContext(
-        mask, mesh.context_group, method=prepare.method, layout=prepared.layout, device=device, where=prepare.where
+        mask,
+        mesh.context_group,
+        method=prepare.method,
+        layout=prepared.layout,
+        device=device,
+        where=prepare.where,
+        tokens_group=mesh.tokens_group,
     )
     ctx.renew(mask, built=prepared.built)
     return ctx, prepared
@@ -53,8 +59,8 @@ def total_nats(
         rows = windows.tokens[start : start + at_once], windows.labels[start : start + at_once]
         if not len(rows[0]):  # every rank must run the model: collectives wait for all
             rows = windows.tokens[:1], torch.full_like(windows.labels[:1], NO_LABEL)
-        loss, count = model.loss(_local(rows[0], ctx, device), _local(rows[1], ctx, device), ctx)
-        nats, labels = nats + float(loss), labels + int(count)
+        losses = model.losses(_local(rows[0], ctx, device), _local(rows[1], ctx, device), ctx)
+        nats, labels = nats + float(losses.cross_entropy), labels + int(losses.num_labels)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # without a backward, parameters would stay gathered, and exports would not be sharded

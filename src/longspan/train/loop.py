@@ -3,6 +3,10 @@
 Every rank runs the same program. Rows are drawn by the data axis, each row's sequence is split over the context axis,
 parameters are held as the plan says. The loss of a step is the sum over all its labels divided by their global number,
 so that neither the split of rows, of sequences nor of micro-batches changes the gradient.
+
+`loss` is the cross-entropy alone. A model whose experts are balanced by an auxiliary loss has that as well, `aux_loss`,
+per label and with its coefficient: the sum of both is what is minimised. It compares the experts' load within one
+micro-batch over all ranks, so that other micro-batches give another auxiliary loss.
 """
 
 from __future__ import annotations
@@ -75,6 +79,7 @@ class Trainer:
         self.prepare = make_prepare(decoder, plan, self.mesh, device)
         self._contexts: dict[tuple[int, int], SequenceContext] = {}
         self._packed: SequenceContext | None = None
+        self._last_context: SequenceContext | None = None
         self._chosen: set[tuple[str, ...]] = set()
         self._notes: list[str] = []
 
@@ -98,7 +103,12 @@ class Trainer:
         self._note(prepared)
         if self._packed is None:
             self._packed = SequenceContext(
-                mask, self.mesh.context_group, method=self.plan.method, layout=prepared.layout, device=self.device
+                mask,
+                self.mesh.context_group,
+                method=self.plan.method,
+                layout=prepared.layout,
+                device=self.device,
+                tokens_group=self.mesh.tokens_group,
             )
         self._packed.renew(mask, positions, prepared.built, prepared.layout)
         return self._packed
@@ -109,27 +119,38 @@ class Trainer:
             self._notes.append(prepared.why)
 
     def gradients(self, micros: list[tuple[Batch, Prepared | None]]) -> float:
-        """Adds the gradient of the mean loss of a step's micro-batches to the parameters; returns the mean loss."""
+        """Adds the gradient of the mean loss of a step's micro-batches to the parameters; returns the mean loss.
+
+        The auxiliary loss is in the gradient, not in what is returned.
+        """
+        return self._gradients(micros)["loss"]
+
+    def _gradients(self, micros: list[tuple[Batch, Prepared | None]]) -> dict[str, float]:
+        """As `gradients`; returns `loss` and, where the model has one, `aux_loss`."""
         labels = sum(batch.num_labels for batch, _ in micros)
         # Ranks that share a sequence hold the same batch: count it once.
         (total,) = reduce_sums([labels / self.mesh.context_size])
         total = max(1.0, round(total))
-        nats = 0.0
+        nats, aux_nats, has_aux = 0.0, 0.0, False
         for index, (batch, prepared) in enumerate(micros):
             ctx = self.context(batch, prepared)
             self.model.set_requires_gradient_sync(index == len(micros) - 1)  # type: ignore[attr-defined]
             tokens, wanted = (ctx.local(x).to(self.device) for x in (batch.tokens, batch.labels))
-            loss, _ = self.model.loss(tokens, wanted, ctx)
+            loss, _, aux = self.model.losses(tokens, wanted, ctx)
             # FSDP averages gradients over all ranks; the loss is a sum over them.
-            (loss * (self.world / total)).backward()
+            ((loss if aux is None else loss + aux) * (self.world / total)).backward()
             nats += float(loss.detach())
-        (nats,) = reduce_sums([nats])
-        return nats / total
+            if aux is not None:
+                aux_nats, has_aux = aux_nats + float(aux.detach()), True
+            self._last_context = ctx
+        nats, aux_nats = reduce_sums([nats, aux_nats])
+        return {"loss": nats / total, **({"aux_loss": aux_nats / total} if has_aux else {})}
 
     def step(self, step: int, num_steps: int, micros: list[tuple[Batch, Prepared | None]]) -> dict[str, float]:
         """One optimiser step. Raises NotFiniteError before the update where loss or gradient is not finite."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.gradients(micros)
+        losses = self._gradients(micros)
+        loss = losses["loss"]
         parameters = list(self.model.parameters())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -144,7 +165,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        return {"loss": loss, "gradient_norm": norm.item(), "learning_rate": rate}
+        self.model.balance(self._last_context)
+        return {**losses, "gradient_norm": norm.item(), "learning_rate": rate}
 
 
 def largest_gradient(model: DecoderLM) -> str:

@@ -45,4 +45,5 @@ def parallelise(model: DecoderLM, plan: Plan, mesh: Mesh) -> None:
         assert isinstance(block, nn.Module)
         fully_shard(block, mesh=mesh.parameters, mp_policy=policy, reshard_after_forward=again)
     fully_shard(model, mesh=mesh.parameters, mp_policy=policy, reshard_after_forward=again)
-    register_fsdp_forward_method(model, "loss")
+    for name in ("loss", "losses"):
+        register_fsdp_forward_method(model, name)

@@ -1,0 +1,142 @@
+"""Experts under the trainer: loss, auxiliary loss, gradients and biases of any plan are those of one process."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longspan.model.config import DecoderConfig, MoeConfig
+from longspan.model.decoder import build
+from longspan.plan.plan import Plan
+from longspan.train.config import ModelConfig, TrainConfig
+from tests.longspan_cli import records, text_folder, train
+from tests.ranks import run_ranks
+from tests.train.test_parity import CONFIG, micros, one_rank, rows
+
+MOE = MoeConfig(
+    num_experts=5, experts_per_token=2, inner_size=16, shared_inner_size=8, balance="aux", aux_coef=0.5, bias_speed=0.25
+)
+# A wide spread of initial weights, so that experts are far from evenly loaded.
+SPARSE = dataclasses.replace(CONFIG, num_layers=3, moe=MOE, dense_layers=(1,), init_std=0.3)
+PLANS = [
+    (2, Plan(data=2)),
+    (2, Plan(context=2, shard="zero2")),
+    (4, Plan(data=2, context=2, shard="zero3", recompute="attention", mlp_tile=8)),
+]
+
+
+def balanced(balance: Any) -> DecoderConfig:
+    return dataclasses.replace(SPARSE, moe=dataclasses.replace(MOE, balance=balance))
+
+
+def reference(config: DecoderConfig) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """One process, all rows at once: cross-entropy and auxiliary loss per label, and every gradient."""
+    model = build(config, device="cpu", seed=3)
+    cross_entropy, count, aux = model.losses(*rows(False))
+    assert aux is not None
+    ((cross_entropy + aux) / count).backward()
+    return (
+        (cross_entropy / count).item(),
+        (aux / count).item(),
+        {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+    )
+
+
+@pytest.mark.parametrize("balance", ["aux", "aux_pooled"])
+@pytest.mark.parametrize(("world", "plan"), PLANS, ids=lambda x: str(x) if isinstance(x, int) else None)
+def test_loss_and_every_gradient_equal_one_process(world: int, plan: Plan, balance: str) -> None:
+    config = balanced(balance)
+    loss, _, grads = reference(config)
+    for got_loss, got in run_ranks(one_rank, world, plan.fit(world), config, 1, False, False):
+        assert abs(got_loss - loss) <= 1e-5 * abs(loss)
+        assert set(got) == set(grads)
+        for name, expected in grads.items():
+            error = (got[name] - expected).abs().max() / expected.abs().max()
+            assert error <= 1e-5, (name, float(error))
+
+
+def forgetful(rank: int, world: int) -> Any:
+    """A rank whose counts are its own alone."""
+    from longspan.train import loop
+
+    loop.SequenceContext.total = lambda self, x: x  # type: ignore[method-assign]
+    return one_rank(rank, world, Plan(context=2), SPARSE, 1, False, False)
+
+
+def test_the_comparison_bites() -> None:
+    _, _, grads = reference(SPARSE)
+    _, got = run_ranks(forgetful, 2)[0]
+    name = "blocks.0.mlp.router.weight"
+    assert (got[name] - grads[name]).abs().max() > 1e-3 * grads[name].abs().max()
+
+
+def two_steps(rank: int, world: int, plan: Plan, config: DecoderConfig) -> Any:
+    from longspan.train.loop import Trainer
+
+    trainer = Trainer(TrainConfig(out=Path("unused"), seed=3), config, plan, torch.device("cpu"))
+    figures = [trainer.step(step, 2, micros(plan, rank, 3, False)) for step in range(2)]
+    return figures, {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
+
+
+def test_biases_move_alike_on_all_ranks_by_the_load_of_a_whole_step() -> None:
+    ((alone,), *others) = (
+        [run_ranks(two_steps, 1, Plan().fit(1), balanced("bias"))],
+        *(run_ranks(two_steps, 2, plan.fit(2), balanced("bias")) for plan in (Plan(context=2), Plan(recompute="full"))),
+    )
+    figures, expected = alone[0]
+    assert "aux_loss" not in figures[0]
+    assert expected["blocks.0.mlp.selection_bias"].any() and not expected["expert_load"].any()
+    for results in others:
+        for _, got in results:
+            assert got.keys() == expected.keys()
+            for name, value in expected.items():
+                assert torch.equal(got[name], value), name
+
+
+def test_the_auxiliary_loss_is_a_figure_of_its_own() -> None:
+    loss, aux, _ = reference(SPARSE)
+    trained = run_ranks(one_step, 2)
+    assert trained[0] == trained[1]
+    assert trained[0]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert trained[0]["aux_loss"] == pytest.approx(aux, rel=1e-5)
+
+
+def one_step(rank: int, world: int) -> Any:
+    from longspan.train.loop import Trainer
+
+    plan = Plan(context=2)
+    trainer = Trainer(TrainConfig(out=Path("unused"), seed=3), SPARSE, plan, torch.device("cpu"))
+    return trainer.step(0, 1, micros(plan, rank, 1, False))
+
+
+def train_here(rank: int, world: int, argv: list[str]) -> int:
+    import torch.distributed as dist
+
+    from longspan.cli import main
+
+    dist.destroy_process_group()
+    return main(argv)
+
+
+@pytest.mark.parametrize("balance", ["aux_pooled", "bias"])
+def test_a_run_from_the_command_line(tmp_path: Path, balance: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out, options = tmp_path / "run", ["--model.experts", "4", "--model.expert-inner", "32", "--model.balance", balance]
+    argv = [*train(out, *options), "--data.paths", str(text_folder(tmp_path / "text"))]
+    assert run_ranks(train_here, 1, argv) == [0]
+    steps = records(out)
+    assert all(math.isfinite(record["loss"]) for record in steps)
+    assert all(("aux_loss" in record) == (balance == "aux_pooled") for record in steps)
+    # Experts with a bias have no words at Hugging Face; the others are a Qwen3-MoE.
+    assert (out / "model" / "config.json").exists() == (balance == "aux_pooled")
+
+
+def test_options_of_experts_need_experts() -> None:
+    with pytest.raises(ValueError, match="expert_inner is of a mixture of experts, got 3 without one"):
+        ModelConfig(expert_inner=3)
+    config = ModelConfig(experts=4, expert_inner=3, shared_inner=2).decoder(257, 64)
+    assert config.moe == MoeConfig(num_experts=4, experts_per_token=2, inner_size=3, shared_inner_size=2, balance="aux")
