@@ -12,9 +12,10 @@ import torch
 
 from longspan.model.config import DecoderConfig, MoeConfig
 from longspan.model.decoder import build
+from longspan.model.huggingface import read_config
 from longspan.plan.plan import Plan
 from longspan.train.config import ModelConfig, TrainConfig
-from tests.longspan_cli import records, text_folder, train
+from tests.longspan_cli import forked, losses, records, train
 from tests.ranks import run_ranks
 from tests.train.test_parity import CONFIG, micros, one_rank, rows
 
@@ -75,23 +76,23 @@ def test_the_comparison_bites() -> None:
     assert (got[name] - grads[name]).abs().max() > 1e-3 * grads[name].abs().max()
 
 
-def two_steps(rank: int, world: int, plan: Plan, config: DecoderConfig) -> Any:
+def some_steps(rank: int, world: int, plans: list[Plan]) -> Any:
     from longspan.train.loop import Trainer
 
-    trainer = Trainer(TrainConfig(out=Path("unused"), seed=3), config, plan, torch.device("cpu"))
-    figures = [trainer.step(step, 2, micros(plan, rank, 3, False)) for step in range(2)]
-    return figures, {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
+    results = []
+    for plan in plans:
+        trainer = Trainer(TrainConfig(out=Path("unused"), seed=3), balanced("bias"), plan, torch.device("cpu"))
+        figures = [trainer.step(step, 3, micros(plan, rank, 3, False)) for step in range(3)]
+        results.append((figures, {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}))
+    return results
 
 
 def test_biases_move_alike_on_all_ranks_by_the_load_of_a_whole_step() -> None:
-    ((alone,), *others) = (
-        [run_ranks(two_steps, 1, Plan().fit(1), balanced("bias"))],
-        *(run_ranks(two_steps, 2, plan.fit(2), balanced("bias")) for plan in (Plan(context=2), Plan(recompute="full"))),
-    )
-    figures, expected = alone[0]
+    (((figures, expected),),) = run_ranks(some_steps, 1, [Plan().fit(1)])
     assert "aux_loss" not in figures[0]
     assert expected["blocks.0.mlp.selection_bias"].any() and not expected["expert_load"].any()
-    for results in others:
+    plans = [Plan(context=2), Plan(data=2, context=1, recompute="full")]
+    for results in run_ranks(some_steps, 2, plans):
         for _, got in results:
             assert got.keys() == expected.keys()
             for name, value in expected.items():
@@ -114,25 +115,26 @@ def one_step(rank: int, world: int) -> Any:
     return trainer.step(0, 1, micros(plan, rank, 1, False))
 
 
-def train_here(rank: int, world: int, argv: list[str]) -> int:
-    import torch.distributed as dist
-
-    from longspan.cli import main
-
-    dist.destroy_process_group()
-    return main(argv)
+EXPERTS = ("--model.experts", "4", "--model.expert-inner", "32")
 
 
-@pytest.mark.parametrize("balance", ["aux_pooled", "bias"])
-def test_a_run_from_the_command_line(tmp_path: Path, balance: str, capsys: pytest.CaptureFixture[str]) -> None:
-    out, options = tmp_path / "run", ["--model.experts", "4", "--model.expert-inner", "32", "--model.balance", balance]
-    argv = [*train(out, *options), "--data.paths", str(text_folder(tmp_path / "text"))]
-    assert run_ranks(train_here, 1, argv) == [0]
-    steps = records(out)
-    assert all(math.isfinite(record["loss"]) for record in steps)
-    assert all(("aux_loss" in record) == (balance == "aux_pooled") for record in steps)
-    # Experts with a bias have no words at Hugging Face; the others are a Qwen3-MoE.
-    assert (out / "model" / "config.json").exists() == (balance == "aux_pooled")
+def test_a_run_from_the_command_line(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    forked(*train(out, *EXPERTS, "--model.balance", "aux_pooled")).good()
+    assert all(math.isfinite(record["loss"]) and record["aux_loss"] > 0 for record in records(out))
+    # Reads as a Qwen3-MoE.
+    assert read_config(out / "model").moe == MoeConfig(
+        num_experts=4, experts_per_token=2, inner_size=32, balance="aux_pooled"
+    )
+
+
+def test_biases_go_on_from_a_checkpoint_and_are_not_exported(tmp_path: Path) -> None:
+    out, options = tmp_path / "run", (*EXPERTS, "--model.balance", "bias", "--model.bias-speed", "0.1")
+    said = forked(*train(out, *options, "--save-every", "3")).good()
+    assert "a choice without a bias" in said.out and not (out / "model").exists()
+    whole = losses(out)
+    forked(*train(out, *options, "--resume", "step_000003")).good()
+    assert losses(out) == whole
 
 
 def test_options_of_experts_need_experts() -> None:
