@@ -21,15 +21,14 @@ from longspan.model.recompute import Recompute, check_recompute
 
 
 def parameters(config: DecoderConfig) -> dict[str, int]:
-    """Number of parameters of each part; their sum is the model's. A tied head has none of its own."""
-    dim, mlp = config.hidden_size, config.mlp
-    num_inner = 2 if mlp.kind == "swiglu" else 1
+    """Number of parameters of each part; their sum is the model's. A tied head has none of its own; "mlp" has routers
+    and all experts."""
+    dim = config.hidden_size
     learned = config.positions.max_positions if isinstance(config.positions, LearnedPositionsConfig) else 0
     return {
         "embedding": (config.vocab_size + learned) * dim,
         "attention": config.num_layers * num_parameters(config.attention, dim),
-        "mlp": config.num_layers
-        * (dim * mlp.inner_size * (num_inner + 1) + mlp.bias * (num_inner * mlp.inner_size + dim)),
+        "mlp": sum(_mixer_parameters(config, layer in config.sparse_layers) for layer in range(config.num_layers)),
         "norm": dim * (2 if config.norm.kind == "layer" else 1) * (config.num_layers * _norms_a_block(config) + 1),
         "head": 0 if config.tie_embeddings else config.vocab_size * dim,
     }
@@ -43,7 +42,7 @@ def flops(
     backward: bool,
     recompute: Recompute = "none",
 ) -> dict[str, int]:
-    """FLOPs of each part, forward, or forward and backward together.
+    """FLOPs of each part, forward, or forward and backward together; of a mixture, of the experts that tokens go to.
 
     Args:
         num_tokens: over all rows of the batch.
@@ -66,11 +65,12 @@ def flops(
     if num_tokens < 0 or min(areas) < 0:
         raise ValueError(f"tokens and areas must not be negative, got {num_tokens} and {min(areas)}; count them again")
     dim = config.hidden_size
-    down = 2 * num_tokens * dim * config.mlp.inner_size * config.num_layers
+    dense = config.num_layers - len(config.sparse_layers)
+    down = 2 * num_tokens * dim * config.mlp.inner_size
     forward = {
         "projections": config.num_layers * projection_flops(config.attention, dim, num_tokens),
         "attention": attend_flops(config.attention, sum(areas)),
-        "mlp": down * (3 if config.mlp.kind == "swiglu" else 2),
+        "mlp": dense * down * (3 if config.mlp.kind == "swiglu" else 2) + _moe_flops(config, num_tokens),
         "head": 2 * num_tokens * dim * config.vocab_size,
     }
     if not backward:
@@ -79,10 +79,31 @@ def flops(
     total["attention"] = forward["attention"] * 7 // 2
     if recompute != "none":
         total["projections"] += forward["projections"]
-        total["mlp"] += forward["mlp"] - down
+        # Of a mixture the last product is the weighted sum of the experts' rows.
+        weighted = 0 if config.moe is None else 2 * num_tokens * config.moe.experts_per_token * dim
+        total["mlp"] += forward["mlp"] - dense * down - len(config.sparse_layers) * weighted
     if recompute == "full":
         total["attention"] += forward["attention"]
     return total
+
+
+def _mixer_parameters(config: DecoderConfig, sparse: bool) -> int:
+    dim, mlp, moe = config.hidden_size, config.mlp, config.moe
+    if sparse and moe is not None:
+        experts = 3 * dim * (moe.num_experts * moe.inner_size + moe.shared_inner_size)
+        return experts + dim * (moe.num_experts + moe.shared_gate)
+    num_inner = 2 if mlp.kind == "swiglu" else 1
+    return dim * mlp.inner_size * (num_inner + 1) + mlp.bias * (num_inner * mlp.inner_size + dim)
+
+
+def _moe_flops(config: DecoderConfig, num_tokens: int) -> int:
+    """Of all sparse layers: router, experts, their weighted sum, shared expert. Without a capacity."""
+    moe = config.moe
+    if moe is None:
+        return 0
+    inner = moe.experts_per_token * moe.inner_size + moe.shared_inner_size
+    lines = moe.num_experts + moe.shared_gate + 3 * inner + moe.experts_per_token
+    return len(config.sparse_layers) * 2 * num_tokens * config.hidden_size * lines
 
 
 def activation_bytes(
