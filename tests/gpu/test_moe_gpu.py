@@ -1,4 +1,4 @@
-"""Grouped products on a GPU: as good as the formula in the same precision, also where experts have odd loads or none."""
+"""Grouped products on a GPU: as good as single ones in the same precision, also where loads are odd or none."""
 
 from __future__ import annotations
 

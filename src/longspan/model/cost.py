@@ -130,18 +130,23 @@ def activation_bytes(
         ValueError: counts that are not positive, or a recompute that is not known.
     """
     check_recompute(recompute)
-    block = block_bytes(config, batch, local_tokens, dtype)
     num_states = batch * local_tokens * config.hidden_size
     wide = _wide(dtype)
     total = dict.fromkeys(("norm", "attention", "mlp", "checkpoint"), 0)
     if recompute == "none":
-        total |= {part: config.num_layers * value for part, value in block.items()}
+        for layer in range(config.num_layers):
+            sparse = layer in config.sparse_layers
+            for part, value in block_bytes(config, batch, local_tokens, dtype, sparse=sparse).items():
+                total[part] += value
     else:
         total["checkpoint"] = config.num_layers * num_states * dtype.itemsize
     if recompute == "attention":
         total["attention"] = config.num_layers * _attended_bytes(config, batch, local_tokens, dtype)
     # The states after the last norm are not kept, but their gradient is, in the same size.
     loss = _norm_bytes(config, batch * local_tokens, dtype) + config.vocab_size * config.hidden_size * wide
+    if config.moe is not None and config.moe.balance in ("aux", "aux_pooled"):
+        # Shares of tokens, which the auxiliary loss keeps.
+        loss += config.moe.num_experts * wide * (len(config.sparse_layers) if config.moe.balance == "aux" else 1)
     return total | {"loss": loss}
 
 
@@ -167,8 +172,13 @@ def peak_bytes(
         device_type: a CPU holds fp32 copies of a half-precision head in the loss.
 
     Raises:
-        ValueError: as `activation_bytes`, or chunk_tokens below 1.
+        ValueError: as `activation_bytes`, chunk_tokens below 1, or a mixture of experts, which is not counted yet.
     """
+    if config.moe is not None:
+        raise ValueError(
+            f"the peak is counted for mlps alone, got {config.moe.num_experts} experts; take `activation_bytes` and "
+            "the gradients of `parameters` for a lower bound"
+        )
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}; 1024 is the default")
     kept = activation_bytes(config, batch, local_tokens, dtype, recompute)
@@ -204,8 +214,12 @@ def peak_bytes(
     return max(loss, backward, end)
 
 
-def block_bytes(config: DecoderConfig, batch: int, local_tokens: int, dtype: torch.dtype) -> dict[str, int]:
+def block_bytes(
+    config: DecoderConfig, batch: int, local_tokens: int, dtype: torch.dtype, *, sparse: bool = False
+) -> dict[str, int]:
     """Bytes that one block keeps for its backward when nothing is recomputed: "norm", "attention" and "mlp".
+
+    `sparse`: a block with experts, not one with an mlp. The bytes are those without a capacity, which keeps fewer rows.
 
     Raises:
         ValueError: counts that are not positive.
@@ -233,8 +247,28 @@ def block_bytes(config: DecoderConfig, batch: int, local_tokens: int, dtype: tor
     return {
         "norm": _norms_a_block(config) * _norm_bytes(config, num_tokens, dtype),
         "attention": attended,
-        "mlp": num_inner * num_tokens * mlp.inner_size * dtype.itemsize,
+        "mlp": _mixture_bytes(config, num_tokens, dtype)
+        if sparse
+        else num_inner * num_tokens * mlp.inner_size * dtype.itemsize,
     }
+
+
+def _mixture_bytes(config: DecoderConfig, num_tokens: int, dtype: torch.dtype) -> int:
+    moe, dim, wide, item = config.moe, config.hidden_size, _wide(dtype), dtype.itemsize
+    assert moe is not None
+    num_slots = num_tokens * moe.experts_per_token
+    # The router: scores, ids of the chosen, and in half precision wide copies of the tokens and of its matrix.
+    kept = num_tokens * moe.num_experts * wide + num_slots * 8
+    if item != wide:
+        kept += (num_tokens + moe.num_experts) * dim * wide
+    if moe.renormalise:  # the chosen scores and their sums
+        kept += (num_slots + num_tokens) * wide
+    if moe.score == "sigmoid" and moe.balance in ("aux", "aux_pooled"):
+        kept += num_tokens * wide
+    # The order, weights, sorted rows, gate, its silu, up and their product, and the experts' outputs.
+    kept += num_slots * (8 + item * (1 + dim + 4 * moe.inner_size + dim))
+    kept += 4 * num_tokens * moe.shared_inner_size * item
+    return kept + (num_tokens * (1 + dim) * item if moe.shared_gate else 0)
 
 
 def _attended_bytes(config: DecoderConfig, batch: int, local_tokens: int, dtype: torch.dtype) -> int:

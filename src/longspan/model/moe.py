@@ -141,7 +141,8 @@ def compute_experts(
 
 def combine(rows: Float[Tensor, "r c"], order: Order, weights: Float[Tensor, "n k"]) -> Float[Tensor, "n c"]:
     """The sum of each token's rows, weighted; a slot that is not in the order adds nothing."""
-    slots = rows.new_zeros(weights.numel(), rows.shape[-1]).index_copy_(0, order.slots, rows)
+    # Not index_copy_, which would keep the rows for its backward.
+    slots = rows.new_zeros(weights.numel(), rows.shape[-1]).index_put_((order.slots,), rows)
     return torch.bmm(weights.to(rows.dtype)[:, None], slots.view(*weights.shape, rows.shape[-1]))[:, 0]
 
 
@@ -226,12 +227,13 @@ class Moe(nn.Module):
 
     def forward(self, x: Float[Tensor, "b l c"]) -> tuple[Float[Tensor, "b l c"], Routing]:
         """Mixes the channels of every token by its own experts."""
+        # First, so that only the weighted sum at the end is left out where a block is computed again.
+        shared = None if self.shared is None else self.shared(x)
+        if self.shared_gate is not None:
+            shared = self.shared_gate(x).sigmoid() * shared
         routing = route(x, self.router.weight, self.selection_bias, self.config)
         mixed = self._tiled(x, routing)
-        if self.shared is not None:
-            shared = self.shared(x)
-            if self.shared_gate is not None:
-                shared = self.shared_gate(x).sigmoid() * shared
+        if shared is not None:
             mixed = shared + mixed
         return mixed, routing._replace(weights=routing.weights.detach())
 
