@@ -189,6 +189,9 @@ def test_a_rank_without_tokens() -> None:
         def attend(self, q, k, v, **asked):
             return q
 
+        def total(self, x):
+            return x
+
     for name in CONFIGS:
         model = build(CONFIGS[name], device="cpu")
         model.mlp_tile = 4

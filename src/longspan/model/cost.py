@@ -132,7 +132,7 @@ def activation_bytes(
     check_recompute(recompute)
     num_states = batch * local_tokens * config.hidden_size
     wide = _wide(dtype)
-    total = dict.fromkeys(("norm", "attention", "mlp", "checkpoint"), 0)
+    total: dict[str, int] = dict.fromkeys(("norm", "attention", "mlp", "checkpoint"), 0)
     if recompute == "none":
         for layer in range(config.num_layers):
             sparse = layer in config.sparse_layers
@@ -261,6 +261,8 @@ def _mixture_bytes(config: DecoderConfig, num_tokens: int, dtype: torch.dtype) -
     kept = num_tokens * moe.num_experts * wide + num_slots * 8
     if item != wide:
         kept += (num_tokens + moe.num_experts) * dim * wide
+        if not moe.shared_inner_size and config.wiring == "sequential":
+            kept -= num_tokens * dim * item  # the norm's output, which then nobody keeps
     if moe.renormalise:  # the chosen scores and their sums
         kept += (num_slots + num_tokens) * wide
     if moe.score == "sigmoid" and moe.balance in ("aux", "aux_pooled"):

@@ -66,7 +66,8 @@ class RoutingTrace:
             raise ValueError(
                 f"a routing trace must be an npz file with {', '.join(_ARRAYS)}, got {path}: {error}"
             ) from None
-        return RoutingTrace(**values | {"num_experts": int(values["num_experts"])})
+        num_experts = int(values.pop("num_experts"))
+        return RoutingTrace(**values, num_experts=num_experts)
 
 
 class _Forward(NamedTuple):
