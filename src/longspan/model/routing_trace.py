@@ -54,7 +54,8 @@ class RoutingTrace:
     def save(self, path: str | Path) -> None:
         """Writes a compressed npz file of exactly this name."""
         with open(path, "wb") as file:  # numpy would add an ending to a name
-            np.savez_compressed(file, **{name: np.asarray(getattr(self, name)) for name in _ARRAYS})
+            arrays: dict[str, Any] = {name: np.asarray(getattr(self, name)) for name in _ARRAYS}
+            np.savez_compressed(file, **arrays)
 
     @staticmethod
     def load(path: str | Path) -> RoutingTrace:
