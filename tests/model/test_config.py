@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from longspan.mixers.config import AttentionConfig, LinearScaling, Llama3Scaling, RotaryConfig, YarnScaling
-from longspan.model.config import DecoderConfig, LearnedPositionsConfig, MlpConfig, NormConfig
+from longspan.model.config import DecoderConfig, LearnedPositionsConfig, MlpConfig, MoeConfig, NormConfig
 
 BASE = DecoderConfig(
     num_layers=3,
@@ -30,6 +30,10 @@ BASE = DecoderConfig(
             "windows": (None, 5, None),
             "tie_embeddings": True,
             "mlp": MlpConfig(kind="gelu_tanh", inner_size=3, bias=True),
+        },
+        {
+            "moe": MoeConfig(num_experts=4, experts_per_token=2, inner_size=5, balance="bias", capacity_factor=1.5),
+            "dense_layers": (0, 2),
         },
         {"positions": RotaryConfig(theta=5e5, scaling=Llama3Scaling(factor=8.0))},
         {"positions": RotaryConfig(scaling=LinearScaling(factor=2.0))},
@@ -58,6 +62,9 @@ def test_json_round_trip(changes: dict[str, object]) -> None:
         (("num_layers",), True, "num_layers of decoder config must be int, got True"),
         (("tie_embeddings",), "no", "tie_embeddings of decoder config must be bool, got 'no'"),
         (("windows",), [2.5, 1], "windows must be a list of whole numbers or null"),
+        (("dense_layers",), [1.5], "dense_layers must be a list of whole numbers"),
+        (("moe",), 3, "moe must be a JSON object, got 3"),
+        (("moe",), {"num_experts": 4}, "moe lacks the key 'experts_per_token'"),
         (("windows",), 5, "windows must be a list of whole numbers or null"),
         (("num_layers",), 0, "num_layers must be positive, got 0"),
         (("windows",), [3], "windows must be empty or have one entry for each of the 3 layers"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from longspan.mixers.config import AttentionConfig, RotaryConfig
-from longspan.model.config import DecoderConfig, LearnedPositionsConfig, MlpConfig, NormConfig
+from longspan.model.config import DecoderConfig, LearnedPositionsConfig, MlpConfig, MoeConfig, NormConfig
 from longspan.model.cost import activation_bytes, block_bytes, flops, parameters, peak_bytes
 from longspan.model.decoder import build
 from longspan.model.local import LocalContext
@@ -62,8 +63,30 @@ CONFIGS = {
         positions=LearnedPositionsConfig(max_positions=67),
     ),
 }
+DENSE = dict(CONFIGS)
+CONFIGS |= {
+    "mixtral": dataclasses.replace(
+        CONFIGS["llama"], moe=MoeConfig(num_experts=5, experts_per_token=2, inner_size=12, balance="aux_pooled")
+    ),
+    "some-dense": dataclasses.replace(
+        CONFIGS["qwen3"],
+        num_layers=4,
+        moe=MoeConfig(
+            num_experts=6,
+            experts_per_token=3,
+            inner_size=7,
+            score="sigmoid",
+            renormalise=False,
+            shared_inner_size=9,
+            shared_gate=True,
+            balance="aux",
+        ),
+        dense_layers=(0, 2),
+    ),
+}
 MODES: list[Any] = ["none", "full", "attention"]
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+each_dense = pytest.mark.parametrize("config", DENSE.values(), ids=DENSE.keys())
 each_mode = pytest.mark.parametrize("recompute", MODES)
 
 ATEN = torch.ops.aten
@@ -173,7 +196,7 @@ class Peak(Storages):
         return out
 
 
-@each_config
+@each_dense
 @each_mode
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("b", "n"), [(1, 7), (3, 31)])
@@ -209,3 +232,5 @@ def test_wrong_arguments_are_refused():
         activation_bytes(config, 0, 5, torch.float32, "none")
     with pytest.raises(ValueError, match="chunk_tokens"):
         peak_bytes(config, 1, 5, torch.float32, "none", chunk_tokens=0)
+    with pytest.raises(ValueError, match="for mlps alone, got 5 experts"):
+        peak_bytes(CONFIGS["mixtral"], 1, 5, torch.float32, "none")

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from longspan.model import load_pretrained, save_pretrained
+from longspan.model.config import MoeConfig
 from longspan.model.decoder import DecoderLM, build, init_weights
 from longspan.model.hf_files import TensorFiles
 from longspan.model.huggingface import load_into
@@ -23,7 +24,12 @@ from tests.model.test_decoder import BASE, GPT2, ids
 from tests.ranks import run_ranks
 
 # More rows than are drawn together, and no size that the ranks divide.
-CONFIGS = {"llama": dataclasses.replace(BASE, vocab_size=149), "gpt2": dataclasses.replace(GPT2, vocab_size=149)}
+CONFIGS = {
+    "llama": dataclasses.replace(BASE, vocab_size=149),
+    "gpt2": dataclasses.replace(GPT2, vocab_size=149),
+    # Fewer experts than some ranks, and more rows of an expert than are drawn together.
+    "mixtral": dataclasses.replace(BASE, moe=MoeConfig(num_experts=3, experts_per_token=2, inner_size=71)),
+}
 
 
 def sharded(name: str, world: int, how: str) -> DecoderLM:
@@ -107,6 +113,7 @@ def round_trip(rank: int, world: int, name: str, how: str, folder: str) -> None:
     [
         ("gpt2", 3, "fsdp"),
         ("gpt2", 4, "both"),
+        ("mixtral", 4, "fsdp"),
         *(
             pytest.param(*rest, marks=pytest.mark.slow)
             for rest in [("llama", 2, "fsdp"), ("gpt2", 2, "tensor"), ("llama", 4, "both")]

@@ -68,7 +68,8 @@ class SequenceContext:
     """One mask over the ranks of a group, for all layers of a model.
 
     Args: ``positions`` are the position ids of the *global* sequence (int64 (s,)), by default 0, 1, ...; packed
-    documents restart them. ``method``, ``layout`` and ``where`` as in ``attention``.
+    documents restart them. ``method``, ``layout`` and ``where`` as in ``attention``. ``tokens_group``: the ranks over
+    which ``total`` sums, where other ranks hold other rows of the batch; by default those that share the sequence.
 
     ``renew`` takes the next step's mask: handles stay the same, so compiled code does too.
     """
@@ -84,8 +85,10 @@ class SequenceContext:
         device: torch.device | str = "cpu",
         kernel: str = "auto",
         where: Where | None = None,
+        tokens_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.where = where
+        self.tokens_group = tokens_group
         self.group, self.device, self.kernel = group_in_force(group), torch.device(device), kernel
         self.world, self.rank = world_and_rank(group)
         self.method, self._layout = method, layout
@@ -166,3 +169,12 @@ class SequenceContext:
         if self.where is None and self.method == "auto" and self.world > 1:
             self.where = where_of(self.group, q.device, dtype=q.dtype, head_dim=q.shape[3], batch=q.shape[0])
         return attend(q, k, v, self.handle(q.shape[2], k.shape[2], window, scale, softcap))
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of ``x`` over the ranks of ``tokens_group``, without gradient. Collective over them."""
+        group = self.group if self.tokens_group is None else self.tokens_group
+        if group is None or dist.get_world_size(group) == 1:
+            return x.detach()
+        total = x.detach().clone()
+        dist.all_reduce(total, group=group)
+        return total

@@ -57,12 +57,14 @@ class TensorSplit:
         """The sum over ranks of (b, l, c), and of it this rank's tokens: (b, tokens(l), c)."""
         return x if self.size == 1 else _Scatter.apply(x, self)  # type: ignore[no-any-return]
 
-    def own(self, x: Tensor) -> Tensor:
-        """This rank's tokens of (l,) per-token values that all ranks have, padded with zeros."""
+    def own(self, x: Tensor, dim: int = 0) -> Tensor:
+        """This rank's tokens of values that all ranks have for all tokens along ``dim``, padded with zeros."""
         if self.size == 1:
             return x
-        count = self.tokens(x.shape[0])
-        return F.pad(x, (0, count * self.size - x.shape[0]))[self.rank * count : (self.rank + 1) * count]
+        count = self.tokens(x.shape[dim])
+        after = x.ndim - 1 - dim  # F.pad counts from the last dim
+        padded = F.pad(x, (*(0, 0) * after, 0, count * self.size - x.shape[dim]))
+        return padded.narrow(dim, self.rank * count, count)
 
     def partial(self, x: Tensor, linear: nn.Linear) -> Tensor:
         """Of a linear whose input channels are split, this rank's addend for all tokens."""
@@ -90,14 +92,14 @@ def linear_boxes(name: str, linear: nn.Linear, dim: int, start: int, total: int)
 
 
 # torch 2.13 has new names for both, and warns of the old ones.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def _gathered(x: Tensor, split: TensorSplit, num_tokens: int) -> Tensor:
     flat = x.transpose(0, 1).contiguous()
     out = flat.new_empty(flat.shape[0] * split.size, *flat.shape[1:])
-    _all_gather(out, flat, group=split.group)
+    all_gather_single(out, flat, group=split.group)
     return out[:num_tokens].transpose(0, 1).contiguous()
 
 

@@ -45,3 +45,10 @@ class Context(Protocol):
             softcap: c in c·tanh(scores / c), applied after `scale` and before the mask; None: no cap.
         """
         ...
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of `x` over all ranks that hold other tokens of the batch, on each of them; carries no gradient.
+
+        Collective over those ranks. A process that holds the whole batch gives `x` itself.
+        """
+        ...

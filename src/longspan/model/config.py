@@ -10,13 +10,15 @@ import dataclasses
 import difflib
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from longspan.mixers.config import AttentionConfig, LinearScaling, Llama3Scaling, RotaryConfig, YarnScaling, require
 
 MlpKind = Literal["swiglu", "gelu", "gelu_tanh"]
 NormKind = Literal["rms", "layer"]
 Wiring = Literal["sequential", "parallel"]
+Score = Literal["softmax", "sigmoid"]
+Balance = Literal["none", "aux", "aux_pooled", "bias"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +54,70 @@ class MlpConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MoeConfig:
+    """A mixture of experts in the place of an mlp: each a swiglu without biases; see `longspan.model.moe`.
+
+    Args:
+        num_experts: E, of which each token goes to `experts_per_token` (k).
+        inner_size: inner width of one expert.
+        score: what the router makes of its logits before the k largest are chosen.
+        renormalise: divide the k chosen scores by their sum.
+        shared_inner_size: inner width of a swiglu that all tokens go through besides; 0: none.
+        shared_gate: its output is multiplied by the sigmoid of a learned projection of the token.
+        balance: how experts are kept evenly loaded in training. "aux": an auxiliary loss in each layer (Switch);
+            "aux_pooled": one over all layers together, as transformers has it; "bias": without a loss (DeepSeek-V3).
+        aux_coef: weight of the auxiliary loss.
+        bias_speed: step of the bias at each optimiser step.
+        capacity_factor: an expert takes at most ceil(factor · k · l / E) of the l local tokens of a row, the first
+            ones, and adds nothing to the others; None: all (dropless).
+    """
+
+    num_experts: int
+    experts_per_token: int
+    inner_size: int
+    score: Score = "softmax"
+    renormalise: bool = True
+    shared_inner_size: int = 0
+    shared_gate: bool = False
+    balance: Balance = "none"
+    aux_coef: float = 0.01
+    bias_speed: float = 0.001
+    capacity_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.num_experts > 1, "num_experts must be at least 2", self.num_experts, "one expert is an mlp")
+        require(
+            0 < self.experts_per_token <= self.num_experts,
+            f"experts_per_token must lie in 1..{self.num_experts}",
+            self.experts_per_token,
+            "8 of 128 or 2 of 8 are usual",
+        )
+        require(self.inner_size > 0, "inner_size of an expert must be positive", self.inner_size, "give at least 1")
+        require(self.score in get_args(Score), "score must be softmax or sigmoid", self.score, "pick one of these")
+        require(self.shared_inner_size >= 0, "shared_inner_size must be 0 or more", self.shared_inner_size, "0: none")
+        require(
+            not self.shared_gate or self.shared_inner_size > 0,
+            "a shared_gate needs a shared expert",
+            self.shared_inner_size,
+            "give its shared_inner_size, or leave shared_gate out",
+        )
+        require(
+            self.balance in get_args(Balance),
+            f"balance must be one of {', '.join(get_args(Balance))}",
+            self.balance,
+            "pick one of these",
+        )
+        require(self.aux_coef >= 0, "aux_coef must be 0 or more", self.aux_coef, "0.01 is usual")
+        require(self.bias_speed > 0, "bias_speed must be positive", self.bias_speed, "0.001 is usual")
+        require(
+            self.capacity_factor is None or self.capacity_factor > 0,
+            "capacity_factor must be positive",
+            self.capacity_factor,
+            "1.25 is usual, None: dropless",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class NormConfig:
     """rms: RMSNorm with a weight; layer: LayerNorm with weight and bias. Statistics in fp32 at least."""
 
@@ -73,6 +139,7 @@ class DecoderConfig:
         tie_embeddings: the head's weight is the embedding's.
         windows: for each layer the number of keys a query sees, itself included, or None for all; empty: no layer has a
             window.
+        moe: experts in the place of `mlp` in every layer but `dense_layers`; None: every layer has an mlp.
         init_std: standard deviation of freshly initialised weights; projections back into the residual stream get it /
             sqrt(2 layers).
     """
@@ -88,6 +155,8 @@ class DecoderConfig:
     tie_embeddings: bool = False
     windows: tuple[int | None, ...] = ()
     init_std: float = 0.02
+    moe: MoeConfig | None = None
+    dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "vocab_size"):
@@ -111,6 +180,19 @@ class DecoderConfig:
             self.windows,
             "it counts the query itself",
         )
+        require(
+            self.moe is not None or not self.dense_layers,
+            "dense_layers are those without the experts of moe, which is None",
+            self.dense_layers,
+            "give moe, or leave dense_layers out: every layer has an mlp",
+        )
+        require(
+            self.dense_layers == tuple(sorted(set(self.dense_layers) & set(range(self.num_layers))))
+            and len(self.dense_layers) < self.num_layers,
+            f"dense_layers must be some of the layers 0..{self.num_layers - 1} in order, and not all",
+            self.dense_layers,
+            "moe None makes all dense",
+        )
         if isinstance(self.positions, RotaryConfig):
             require(
                 self.attention.head_dim % 2 == 0,
@@ -123,10 +205,15 @@ class DecoderConfig:
         """The window of one layer, None without."""
         return self.windows[layer] if self.windows else None
 
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers whose channel mixer is a mixture of experts."""
+        return () if self.moe is None else tuple(i for i in range(self.num_layers) if i not in self.dense_layers)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, ready for JSON."""
         values = dataclasses.asdict(self)
-        values["windows"] = list(self.windows)
+        values["windows"], values["dense_layers"] = list(self.windows), list(self.dense_layers)
         return values
 
     def to_json(self) -> str:
@@ -138,12 +225,17 @@ class DecoderConfig:
         """Inverse of `to_dict`. Raises ValueError on an unknown or missing key, naming it."""
         values = dict(values)
         for key, parts in _PARTS.items():
-            if key in values:
+            # Only a decoder's moe may be none.
+            if key in values and not (key == "moe" and values[key] is None):
                 values[key] = _part(key, values[key], parts)
         windows = values.get("windows", [])
         whole = isinstance(windows, (list, tuple)) and all(w is None or type(w) is int for w in windows)
         require(whole, "windows must be a list of whole numbers or null", windows, "write it with to_json")
         values["windows"] = tuple(windows)
+        dense = values.get("dense_layers", [])
+        whole = isinstance(dense, (list, tuple)) and all(type(layer) is int for layer in dense)
+        require(whole, "dense_layers must be a list of whole numbers", dense, "write it with to_json")
+        values["dense_layers"] = tuple(dense)
         return _make(DecoderConfig, "decoder config", values)
 
     @staticmethod
@@ -165,6 +257,7 @@ class DecoderConfig:
 _PARTS: dict[str, dict[str | None, type]] = {
     "attention": {None: AttentionConfig},
     "mlp": {None: MlpConfig},
+    "moe": {None: MoeConfig},
     "norm": {None: NormConfig},
     "positions": {"rotary": RotaryConfig, "learned": LearnedPositionsConfig},
 }
@@ -196,7 +289,8 @@ def _make(kind: type, where: str, values: dict[str, Any]) -> Any:
     hints = get_type_hints(kind)
     for name, value in values.items():
         allowed = hints[name]
-        scalars = {bool, int, float, str} & {allowed, *get_args(allowed)}
+        parts = () if get_origin(allowed) is tuple else get_args(allowed)
+        scalars = {bool, int, float, str} & {allowed, *parts}
         if scalars and value is not None and type(value) not in scalars | ({int} if float in scalars else set()):
             words = " or ".join(sorted(kind.__name__ for kind in scalars))
             raise ValueError(f"{name} of {where} must be {words}, got {value!r}: write the file with to_json")

@@ -21,15 +21,14 @@ from longspan.model.recompute import Recompute, check_recompute
 
 
 def parameters(config: DecoderConfig) -> dict[str, int]:
-    """Number of parameters of each part; their sum is the model's. A tied head has none of its own."""
-    dim, mlp = config.hidden_size, config.mlp
-    num_inner = 2 if mlp.kind == "swiglu" else 1
+    """Number of parameters of each part; their sum is the model's. A tied head has none of its own; "mlp" has routers
+    and all experts."""
+    dim = config.hidden_size
     learned = config.positions.max_positions if isinstance(config.positions, LearnedPositionsConfig) else 0
     return {
         "embedding": (config.vocab_size + learned) * dim,
         "attention": config.num_layers * num_parameters(config.attention, dim),
-        "mlp": config.num_layers
-        * (dim * mlp.inner_size * (num_inner + 1) + mlp.bias * (num_inner * mlp.inner_size + dim)),
+        "mlp": sum(_mixer_parameters(config, layer in config.sparse_layers) for layer in range(config.num_layers)),
         "norm": dim * (2 if config.norm.kind == "layer" else 1) * (config.num_layers * _norms_a_block(config) + 1),
         "head": 0 if config.tie_embeddings else config.vocab_size * dim,
     }
@@ -43,7 +42,7 @@ def flops(
     backward: bool,
     recompute: Recompute = "none",
 ) -> dict[str, int]:
-    """FLOPs of each part, forward, or forward and backward together.
+    """FLOPs of each part, forward, or forward and backward together; of a mixture, of the experts that tokens go to.
 
     Args:
         num_tokens: over all rows of the batch.
@@ -66,11 +65,12 @@ def flops(
     if num_tokens < 0 or min(areas) < 0:
         raise ValueError(f"tokens and areas must not be negative, got {num_tokens} and {min(areas)}; count them again")
     dim = config.hidden_size
-    down = 2 * num_tokens * dim * config.mlp.inner_size * config.num_layers
+    dense = config.num_layers - len(config.sparse_layers)
+    down = 2 * num_tokens * dim * config.mlp.inner_size
     forward = {
         "projections": config.num_layers * projection_flops(config.attention, dim, num_tokens),
         "attention": attend_flops(config.attention, sum(areas)),
-        "mlp": down * (3 if config.mlp.kind == "swiglu" else 2),
+        "mlp": dense * down * (3 if config.mlp.kind == "swiglu" else 2) + _moe_flops(config, num_tokens),
         "head": 2 * num_tokens * dim * config.vocab_size,
     }
     if not backward:
@@ -79,10 +79,31 @@ def flops(
     total["attention"] = forward["attention"] * 7 // 2
     if recompute != "none":
         total["projections"] += forward["projections"]
-        total["mlp"] += forward["mlp"] - down
+        # Of a mixture the last product is the weighted sum of the experts' rows.
+        weighted = 0 if config.moe is None else 2 * num_tokens * config.moe.experts_per_token * dim
+        total["mlp"] += forward["mlp"] - dense * down - len(config.sparse_layers) * weighted
     if recompute == "full":
         total["attention"] += forward["attention"]
     return total
+
+
+def _mixer_parameters(config: DecoderConfig, sparse: bool) -> int:
+    dim, mlp, moe = config.hidden_size, config.mlp, config.moe
+    if sparse and moe is not None:
+        experts = 3 * dim * (moe.num_experts * moe.inner_size + moe.shared_inner_size)
+        return experts + dim * (moe.num_experts + moe.shared_gate)
+    num_inner = 2 if mlp.kind == "swiglu" else 1
+    return dim * mlp.inner_size * (num_inner + 1) + mlp.bias * (num_inner * mlp.inner_size + dim)
+
+
+def _moe_flops(config: DecoderConfig, num_tokens: int) -> int:
+    """Of all sparse layers: router, experts, their weighted sum, shared expert. Without a capacity."""
+    moe = config.moe
+    if moe is None:
+        return 0
+    inner = moe.experts_per_token * moe.inner_size + moe.shared_inner_size
+    lines = moe.num_experts + moe.shared_gate + 3 * inner + moe.experts_per_token
+    return len(config.sparse_layers) * 2 * num_tokens * config.hidden_size * lines
 
 
 def activation_bytes(
@@ -109,18 +130,23 @@ def activation_bytes(
         ValueError: counts that are not positive, or a recompute that is not known.
     """
     check_recompute(recompute)
-    block = block_bytes(config, batch, local_tokens, dtype)
     num_states = batch * local_tokens * config.hidden_size
     wide = _wide(dtype)
-    total = dict.fromkeys(("norm", "attention", "mlp", "checkpoint"), 0)
+    total: dict[str, int] = dict.fromkeys(("norm", "attention", "mlp", "checkpoint"), 0)
     if recompute == "none":
-        total |= {part: config.num_layers * value for part, value in block.items()}
+        for layer in range(config.num_layers):
+            sparse = layer in config.sparse_layers
+            for part, value in block_bytes(config, batch, local_tokens, dtype, sparse=sparse).items():
+                total[part] += value
     else:
         total["checkpoint"] = config.num_layers * num_states * dtype.itemsize
     if recompute == "attention":
         total["attention"] = config.num_layers * _attended_bytes(config, batch, local_tokens, dtype)
     # The states after the last norm are not kept, but their gradient is, in the same size.
     loss = _norm_bytes(config, batch * local_tokens, dtype) + config.vocab_size * config.hidden_size * wide
+    if config.moe is not None and config.moe.balance in ("aux", "aux_pooled"):
+        # Shares of tokens, which the auxiliary loss keeps.
+        loss += config.moe.num_experts * wide * (len(config.sparse_layers) if config.moe.balance == "aux" else 1)
     return total | {"loss": loss}
 
 
@@ -146,8 +172,13 @@ def peak_bytes(
         device_type: a CPU holds fp32 copies of a half-precision head in the loss.
 
     Raises:
-        ValueError: as `activation_bytes`, or chunk_tokens below 1.
+        ValueError: as `activation_bytes`, chunk_tokens below 1, or a mixture of experts, which is not counted yet.
     """
+    if config.moe is not None:
+        raise ValueError(
+            f"the peak is counted for mlps alone, got {config.moe.num_experts} experts; take `activation_bytes` and "
+            "the gradients of `parameters` for a lower bound"
+        )
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}; 1024 is the default")
     kept = activation_bytes(config, batch, local_tokens, dtype, recompute)
@@ -183,8 +214,12 @@ def peak_bytes(
     return max(loss, backward, end)
 
 
-def block_bytes(config: DecoderConfig, batch: int, local_tokens: int, dtype: torch.dtype) -> dict[str, int]:
+def block_bytes(
+    config: DecoderConfig, batch: int, local_tokens: int, dtype: torch.dtype, *, sparse: bool = False
+) -> dict[str, int]:
     """Bytes that one block keeps for its backward when nothing is recomputed: "norm", "attention" and "mlp".
+
+    `sparse`: a block with experts, not one with an mlp. The bytes are those without a capacity, which keeps fewer rows.
 
     Raises:
         ValueError: counts that are not positive.
@@ -212,8 +247,30 @@ def block_bytes(config: DecoderConfig, batch: int, local_tokens: int, dtype: tor
     return {
         "norm": _norms_a_block(config) * _norm_bytes(config, num_tokens, dtype),
         "attention": attended,
-        "mlp": num_inner * num_tokens * mlp.inner_size * dtype.itemsize,
+        "mlp": _mixture_bytes(config, num_tokens, dtype)
+        if sparse
+        else num_inner * num_tokens * mlp.inner_size * dtype.itemsize,
     }
+
+
+def _mixture_bytes(config: DecoderConfig, num_tokens: int, dtype: torch.dtype) -> int:
+    moe, dim, wide, item = config.moe, config.hidden_size, _wide(dtype), dtype.itemsize
+    assert moe is not None
+    num_slots = num_tokens * moe.experts_per_token
+    # The router: scores, ids of the chosen, and in half precision wide copies of the tokens and of its matrix.
+    kept = num_tokens * moe.num_experts * wide + num_slots * 8
+    if item != wide:
+        kept += (num_tokens + moe.num_experts) * dim * wide
+        if not moe.shared_inner_size and config.wiring == "sequential":
+            kept -= num_tokens * dim * item  # the norm's output, which then nobody keeps
+    if moe.renormalise:  # the chosen scores and their sums
+        kept += (num_slots + num_tokens) * wide
+    if moe.score == "sigmoid" and moe.balance in ("aux", "aux_pooled"):
+        kept += num_tokens * wide
+    # The order, weights, sorted rows, gate, its silu, up and their product, and the experts' outputs.
+    kept += num_slots * (8 + item * (1 + dim + 4 * moe.inner_size + dim))
+    kept += 4 * num_tokens * moe.shared_inner_size * item
+    return kept + (num_tokens * (1 + dim) * item if moe.shared_gate else 0)
 
 
 def _attended_bytes(config: DecoderConfig, batch: int, local_tokens: int, dtype: torch.dtype) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Int64
@@ -15,9 +17,24 @@ from longspan.mixers.softmax import Attention
 from longspan.model.config import DecoderConfig
 from longspan.model.local import LocalContext
 from longspan.model.loss import Words, chunked_cross_entropy
+from longspan.model.moe import Experts, Moe, Routing, balance_loss
 from longspan.model.part import ALL, Layers, ModelPart
 from longspan.model.parts import Block, Mlp, make_norm
 from longspan.model.shards import Region, drawn, fill
+
+
+class Losses(NamedTuple):
+    """What a model is trained on, summed over local tokens, fp32 at least.
+
+    Attributes:
+        cross_entropy: nats, over labels but -100.
+        num_labels: how many.
+        aux: the auxiliary loss of the experts' balance (`longspan.model.moe`); None where the model has none.
+    """
+
+    cross_entropy: Float[Tensor, ""]
+    num_labels: Int[Tensor, ""]
+    aux: Float[Tensor, ""] | None
 
 
 class DecoderLM(nn.Module):
@@ -29,6 +46,8 @@ class DecoderLM(nn.Module):
     `torch.distributed.fsdp.register_fsdp_forward_method`.
     """
 
+    expert_load: Tensor | None
+
     def __init__(self, config: DecoderConfig, part: ModelPart = ALL) -> None:
         super().__init__()
         self.config, self.part = config, part
@@ -36,13 +55,19 @@ class DecoderLM(nn.Module):
         words = part.split.share(config.vocab_size)
         learned = not isinstance(positions, RotaryConfig)
         rotary = None if learned else Rotary(positions, config.attention.head_dim)
-        layers = range(config.num_layers) if part.layers is None else part.layers
+        layers = tuple(range(config.num_layers)) if part.layers is None else part.layers
+        self._sparse = tuple(layer for layer in layers if layer in config.sparse_layers)
         tied_here = part.last and config.tie_embeddings
         self.embed = nn.Embedding(len(words), width) if part.first or tied_here else None
         self.embed_positions = nn.Embedding(positions.max_positions, width) if learned and part.first else None
-        self.blocks = Layers((layer, Block(config, layer, rotary, part.split)) for layer in layers)
+        self.blocks = Layers((layer, Block(config, layer, rotary, part)) for layer in layers)
         self.norm = make_norm(config.norm, width) if part.last else None
         self.head = nn.Linear(width, len(words), bias=False) if part.last and not config.tie_embeddings else None
+        load = None
+        if config.moe is not None and config.moe.balance == "bias":
+            load = torch.zeros(len(self._sparse), config.moe.num_experts, dtype=torch.int64)
+        # Local tokens of each expert of each sparse layer since the last `balance`.
+        self.register_buffer("expert_load", load, persistent=False)
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab c"]:
@@ -63,8 +88,11 @@ class DecoderLM(nn.Module):
         for mlp in self._mlps():
             mlp.tile = tile
 
-    def _mlps(self) -> list[Mlp]:
-        return [module for module in self.modules() if isinstance(module, Mlp)]
+    def _mlps(self) -> list[Mlp | Moe]:
+        return [module for module in self.modules() if isinstance(module, Mlp | Moe)]
+
+    def _moes(self) -> list[Moe]:
+        return [module for module in self.modules() if isinstance(module, Moe)]
 
     def forward(self, input_ids: Int64[Tensor, "b l"], ctx: Context | None = None) -> Float[Tensor, "b l vocab"]:
         """Logits of every local token."""
@@ -82,10 +110,24 @@ class DecoderLM(nn.Module):
             ValueError: ids of a wrong shape, dtype or range (the range on a CPU only; a GPU asserts in its gather), or
                 positions beyond the learned ones.
         """
-        self._check_ids(input_ids)
-        if ctx is None:
-            ctx = LocalContext(input_ids.shape[1], input_ids.device)
-        return self._normed(self._run(self._embedded(input_ids, ctx), ctx, range(self.config.num_layers)), ctx)
+        return self._whole(input_ids, self._context(input_ids, ctx))[0]
+
+    def losses(
+        self,
+        input_ids: Int64[Tensor, "b l"],
+        labels: Int64[Tensor, "b l"],
+        ctx: Context | None = None,
+        *,
+        chunk_tokens: int = 1024,
+    ) -> Losses:
+        """Cross-entropy and auxiliary loss apart; full logits never exist. Collective where experts are balanced.
+
+        With balance "bias" and gradients on, the experts' load is noted for `balance`. Under tensor parallelism every
+        rank of a group has the same cross-entropy, and its own part of the gradient.
+        """
+        ctx = self._context(input_ids, ctx)
+        hidden, routings = self._whole(input_ids, ctx)
+        return Losses(*self._cross_entropy(hidden, labels, chunk_tokens), self._aux(routings, ctx))
 
     def loss(
         self,
@@ -95,11 +137,10 @@ class DecoderLM(nn.Module):
         *,
         chunk_tokens: int = 1024,
     ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-        """Summed cross-entropy (nats, fp32) over local labels but -100, and their number; full logits never exist.
-
-        Under tensor parallelism every rank of a group has the same sum, and its own part of the gradient.
-        """
-        return self._loss(self.hidden(input_ids, ctx), labels, chunk_tokens)
+        """What is minimised, and the number of labels: of `losses`, the cross-entropy plus the auxiliary loss."""
+        # Not self.losses, which may have FSDP's hooks of its own.
+        total, num_labels, aux = DecoderLM.losses(self, input_ids, labels, ctx, chunk_tokens=chunk_tokens)
+        return total if aux is None else total + aux, num_labels
 
     def stage(
         self,
@@ -107,37 +148,62 @@ class DecoderLM(nn.Module):
         ctx: Context,
         layers: range,
         labels: Int64[Tensor, "b l"],
-    ) -> Tensor:
-        """Part of ``loss``, for a pipeline: ids (before layer 0) or states through ``layers``, to states or, after the
-        last layer, to the summed cross-entropy."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Part of ``losses``, for a pipeline: ids (before layer 0) or states through ``layers``, to states or, after
+        the last layer, to the summed cross-entropy; and the auxiliary loss of these layers."""
         if layers.start == 0:
-            self._check_ids(x)
-            x = self._embedded(x, ctx)
-        x = self._run(x, ctx, layers)
+            x = self._embedded(x, self._context(x, ctx))
+        x, routings = self._run(x, ctx, layers)
+        aux = self._aux(routings, ctx)
         if layers.stop < self.config.num_layers:
-            return x
-        return self._loss(self._normed(x, ctx), labels, 1024)[0]
+            return x, aux
+        return self._cross_entropy(self._normed(x, ctx), labels, 1024)[0], aux
+
+    def balance(self, ctx: Context | None = None) -> None:
+        """Moves the bias of every sparse layer against the load since the last call; does nothing without biases.
+
+        To be called once after each optimiser step. Collective over the ranks of `ctx.total`.
+        """
+        if self.expert_load is None:
+            return
+        load = self.expert_load if ctx is None else ctx.total(self.expert_load)
+        for moe, counts in zip(self._moes(), load, strict=True):
+            moe.move_bias(counts)
+        self.expert_load.zero_()
+
+    def reset_balance(self) -> None:
+        """Biases and noted load to zero: a model that comes from the meta device has no values there."""
+        for name, buffer in self.named_buffers():
+            if name.endswith(("selection_bias", "expert_load")):
+                buffer.zero_()
 
     def boxes(self) -> dict[str, Box]:
-        """Where the parameters that tensor parallelism splits stand in the whole ones; the others all ranks hold."""
+        """Where the parameters that tensor and expert ranks split stand in the whole ones; the others are whole."""
         boxes: dict[str, Box] = {}
-        if self.part.split.size == 1:
-            return boxes
-        words = self.part.split.share(self.config.vocab_size)
-        for name in ("embed", "head"):
-            if getattr(self, name) is not None:
-                boxes[f"{name}.weight"] = Box((self.config.vocab_size, self.config.hidden_size), (words.start, 0))
+        split_kinds: tuple[type, ...] = (Experts,) if self.part.experts.size > 1 else ()
+        if self.part.split.size > 1:
+            split_kinds = (Attention, Mlp, Experts)
+            words = self.part.split.share(self.config.vocab_size)
+            for name in ("embed", "head"):
+                if getattr(self, name) is not None:
+                    boxes[f"{name}.weight"] = Box((self.config.vocab_size, self.config.hidden_size), (words.start, 0))
         for path, module in self.named_modules():
-            if isinstance(module, Attention | Mlp):
+            if isinstance(module, split_kinds):
                 boxes |= {f"{path}.{name}": box for name, box in module.boxes().items()}
         return boxes
 
-    def _embedded(self, input_ids: Tensor, ctx: Context) -> Tensor:
+    def _context(self, input_ids: Tensor, ctx: Context | None) -> Context:
+        self._check_ids(input_ids)
+        if ctx is None:
+            ctx = LocalContext(input_ids.shape[1], input_ids.device)
         if ctx.positions.shape != input_ids.shape[1:]:
             raise ValueError(
                 f"a context must have a position for each local token, got {tuple(ctx.positions.shape)} positions for "
                 f"{input_ids.shape[1]} tokens: pass the rank's own shard of the sequence"
             )
+        return ctx
+
+    def _embedded(self, input_ids: Tensor, ctx: Context) -> Tensor:
         assert self.embed is not None
         split = self.part.split
         if split.size == 1:
@@ -152,16 +218,39 @@ class DecoderLM(nn.Module):
             x = x + self.embed_positions(split.own(ctx.positions))
         return x
 
-    def _run(self, x: Tensor, ctx: Context, layers: range) -> Tensor:
-        for block in self.blocks.of(layers):
-            x = block(x, ctx)
-        return x
+    def _run(self, x: Tensor, ctx: Context, layers: range) -> tuple[Tensor, dict[int, Routing]]:
+        """States after some layers, and the routing of each sparse one."""
+        routings: dict[int, Routing] = {}
+        for layer, block in zip(layers, self.blocks.of(layers), strict=True):
+            x, routing = block(x, ctx)
+            if routing is not None:
+                routings[layer] = routing
+        return x, routings
+
+    def _whole(self, input_ids: Tensor, ctx: Context) -> tuple[Tensor, dict[int, Routing]]:
+        x, routings = self._run(self._embedded(input_ids, ctx), ctx, range(self.config.num_layers))
+        return self._normed(x, ctx), routings
+
+    def _aux(self, routings: dict[int, Routing], ctx: Context) -> Tensor | None:
+        """The auxiliary loss of some layers; tensor ranks, which route the same tokens, have an equal part each."""
+        moe = self.config.moe
+        if moe is None or moe.balance == "none" or not routings:
+            return None
+        # What the blocks returned, not what they did: a recomputed block would count its tokens twice.
+        counts = torch.stack([routing.counts for routing in routings.values()])
+        if moe.balance == "bias":
+            if torch.is_grad_enabled() and self.expert_load is not None:
+                for layer, count in zip(routings, counts, strict=True):
+                    self.expert_load[self._sparse.index(layer)] += count
+            return None
+        scores = [routing.scores for routing in routings.values() if routing.scores is not None]
+        return balance_loss(moe, ctx.total(counts), torch.stack(scores)) / self.part.split.size
 
     def _normed(self, x: Tensor, ctx: Context) -> Tensor:
         assert self.norm is not None
         return self.part.split.gather(self.norm(x), ctx.positions.shape[0])
 
-    def _loss(self, hidden: Tensor, labels: Tensor, chunk_tokens: int) -> tuple[Tensor, Tensor]:
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor, chunk_tokens: int) -> tuple[Tensor, Tensor]:
         split, total = self.part.split, self.config.vocab_size
         words = None if split.size == 1 else Words(split.share(total).start, total, split.group)
         return chunked_cross_entropy(hidden, self.head_weight, labels, chunk_tokens=chunk_tokens, words=words)
@@ -220,14 +309,15 @@ def init_weights(model: DecoderLM, seed: int) -> None:
     biases 0.
 
     The values depend on (seed, parameter name) alone, not on sharding, ranks, device or the order of parameters: every
-    64 rows of a weight have a CPU generator of their own, seeded by a hash of (seed, name, first row), drawn in fp32. A
-    rank draws only the row groups that its shard touches (of a weight split along columns, all row groups, one at a
-    time).
+    64 rows of a weight (of each matrix of a stack) have a CPU generator of their own, seeded by a hash of (seed, name,
+    first row), drawn in fp32. A rank draws only the row groups that its shard touches (of a weight split along columns,
+    all row groups, one at a time).
 
     Raises:
         ValueError: parameters on the meta device.
     """
     std, boxes = model.config.init_std, model.boxes()
+    model.reset_balance()
     for name, parameter in model.named_parameters():
         box = boxes.get(name)
         if name.endswith("bias"):
@@ -235,9 +325,9 @@ def init_weights(model: DecoderLM, seed: int) -> None:
         elif parameter.ndim == 1:
             fill(parameter, lambda region: torch.ones(_shape(region)), box)
         else:
-            residual = name.endswith(("mixer.out.weight", "mlp.down.weight"))
+            residual = name.endswith(("mixer.out.weight", ".down.weight", "experts.down"))
             scale = std / (2 * model.config.num_layers) ** 0.5 if residual else std
-            columns = parameter.shape[1] if box is None else box.shape[1]
+            columns = parameter.shape[-1] if box is None else box.shape[-1]
             fill(parameter, lambda region, n=name, s=scale, c=columns: _draw(seed, n, region, c, s), box)
 
 
@@ -246,4 +336,7 @@ def _shape(region: Region) -> tuple[int, ...]:
 
 
 def _draw(seed: int, name: str, region: Region, num_columns: int, std: float) -> Tensor:
+    if len(region) == 3:  # stacked matrices, each with a name of its own
+        stacked = range(region[0].start, region[0].stop)
+        return torch.stack([_draw(seed, f"{name}.{i}", region[1:], num_columns, std) for i in stacked])
     return drawn(seed, name, region, num_columns, lambda shape, g: torch.randn(shape, generator=g)).mul_(std)

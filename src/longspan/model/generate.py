@@ -108,6 +108,10 @@ class CachedContext:
         first = 0 if window is None else max(0, self._start - window + 1)
         return _attend(q, keys[:, first:], values[:, first:], window=window, scale=scale, softcap=softcap)
 
+    def total(self, x: Tensor) -> Tensor:
+        """`x` itself: no other process holds tokens."""
+        return x
+
     def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         pair = self._cache.get(layer)
         if pair is None or pair[0].shape[1] < self._stop:

@@ -121,7 +121,7 @@ class Keys:
             )
 
 
-def read_rotary(keys: Keys, default_max_positions: int) -> RotaryConfig:
+def read_rotary(keys: Keys, default_max_positions: int, default_theta: float = 10000.0) -> RotaryConfig:
     """Rotary positions from either generation of keys."""
     keys.only("partial_rotary_factor", 1)
     keys.only("rope_interleaved", False)
@@ -144,7 +144,7 @@ def read_rotary(keys: Keys, default_max_positions: int) -> RotaryConfig:
     scaling = _SCALING_READERS[kind](rope, max_positions)
     rope.finish()
     theta = outer_theta if theta is None else theta
-    return RotaryConfig(theta=10000.0 if theta is None else theta, max_positions=max_positions, scaling=scaling)
+    return RotaryConfig(theta=default_theta if theta is None else theta, max_positions=max_positions, scaling=scaling)
 
 
 def _read_llama3(rope: Keys, max_positions: int) -> Llama3Scaling:
@@ -197,7 +197,7 @@ def write_rotary(positions: RotaryConfig) -> dict[str, Any]:
     }
 
 
-def _read_llama_like(
+def read_llama_like(
     keys: Keys,
     *,
     positions: int,
@@ -207,12 +207,16 @@ def _read_llama_like(
     mlp_bias: bool,
     qk_norm: bool,
     windows: Callable[[Keys, int], tuple[int | None, ...]],
+    qkv_bias: bool = False,
+    default_eps: float = 1e-6,
+    default_theta: float = 10000.0,
 ) -> DecoderConfig:
+    """What Llama and its descendants share; `biases`: a key says whether attention has them, else only q, k, v may."""
     keys.only("hidden_act", "silu")
     num_layers, width, heads = (keys.whole(k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     if heads < 1:
         raise ValueError(f"'num_attention_heads' must be at least 1, got {heads}: is the config whole?")
-    eps = keys.number("rms_norm_eps", 1e-6)
+    eps = keys.number("rms_norm_eps", default_eps)
     bias = keys.flag("attention_bias", False) if biases else False
     if kv_heads is None or keys.has("num_key_value_heads"):
         kv_heads = heads  # null, unlike an absent key, means one for each query head
@@ -220,7 +224,7 @@ def _read_llama_like(
         num_heads=heads,
         num_kv_heads=keys.whole("num_key_value_heads", kv_heads),
         head_dim=keys.whole("head_dim", head_dim or width // heads),
-        qkv_bias=bias,
+        qkv_bias=bias or qkv_bias,
         out_bias=bias,
         qk_norm_eps=eps if qk_norm else None,
     )
@@ -235,7 +239,7 @@ def _read_llama_like(
             bias=keys.flag("mlp_bias", False) if mlp_bias else False,
         ),
         norm=NormConfig(kind="rms", eps=eps),
-        positions=read_rotary(keys, positions),
+        positions=read_rotary(keys, positions, default_theta),
         tie_embeddings=keys.flag("tie_word_embeddings", False),
         windows=windows(keys, num_layers),
         init_std=keys.number("initializer_range", 0.02) or 0.02,
@@ -248,7 +252,7 @@ def read_llama(keys: Keys) -> DecoderConfig:
     """LlamaForCausalLM: Llama 2, 3, 3.1, 3.2 and what is built like them."""
     keys.only("model_type", "llama")
     keys.only("pretraining_tp", 1)
-    return _read_llama_like(
+    return read_llama_like(
         keys,
         positions=2048,
         kv_heads=None,
@@ -263,7 +267,7 @@ def read_llama(keys: Keys) -> DecoderConfig:
 def read_mistral(keys: Keys) -> DecoderConfig:
     """MistralForCausalLM; absent, the window is 4096 as in transformers; null means none."""
     keys.only("model_type", "mistral")
-    return _read_llama_like(
+    return read_llama_like(
         keys,
         positions=131072,
         kv_heads=8,
@@ -271,19 +275,36 @@ def read_mistral(keys: Keys) -> DecoderConfig:
         biases=False,
         mlp_bias=False,
         qk_norm=False,
-        windows=_mistral_windows,
+        windows=mistral_windows,
     )
 
 
-def _mistral_windows(keys: Keys, num_layers: int) -> tuple[int | None, ...]:
-    window = keys.whole("sliding_window", None) if keys.has("sliding_window") else 4096
+def mistral_windows(keys: Keys, num_layers: int, absent: int | None = 4096) -> tuple[int | None, ...]:
+    """One window for all layers, or none."""
+    window = keys.whole("sliding_window", None) if keys.has("sliding_window") else absent
     return () if window is None else (window,) * num_layers
+
+
+def read_qwen2(keys: Keys) -> DecoderConfig:
+    """Qwen2ForCausalLM: biases on q, k and v alone, windows in some layers where `use_sliding_window` says so."""
+    keys.only("model_type", "qwen2")
+    return read_llama_like(
+        keys,
+        positions=32768,
+        kv_heads=32,
+        head_dim=None,
+        biases=False,
+        mlp_bias=False,
+        qk_norm=False,
+        windows=_qwen_windows,
+        qkv_bias=True,
+    )
 
 
 def read_qwen3(keys: Keys) -> DecoderConfig:
     """Qwen3ForCausalLM: norms on q and k, windows in some layers where `use_sliding_window` says so."""
     keys.only("model_type", "qwen3")
-    return _read_llama_like(
+    return read_llama_like(
         keys,
         positions=32768,
         kv_heads=32,
@@ -291,11 +312,11 @@ def read_qwen3(keys: Keys) -> DecoderConfig:
         biases=True,
         mlp_bias=False,
         qk_norm=True,
-        windows=_qwen3_windows,
+        windows=_qwen_windows,
     )
 
 
-def _qwen3_windows(keys: Keys, num_layers: int) -> tuple[int | None, ...]:
+def _qwen_windows(keys: Keys, num_layers: int) -> tuple[int | None, ...]:
     use = keys.flag("use_sliding_window", False)
     window = keys.whole("sliding_window", None if keys.has("sliding_window") else 4096)
     window = window if use else None

@@ -9,17 +9,18 @@ from longspan.model.config import DecoderConfig, LearnedPositionsConfig
 from longspan.model.hf_configs import write_rotary
 
 
-def _demand(name: str, **facts: bool) -> None:
+def demand(name: str, **facts: bool) -> None:
     """Raises for the first fact that is false; its keyword is the rule."""
     for rule, ok in facts.items():
         if not ok:
             raise ValueError(f"{name} cannot hold this model: it needs {rule.replace('_', ' ')}")
 
 
-def _common(config: DecoderConfig, name: str, model_type: str) -> dict[str, Any]:
+def _common(config: DecoderConfig, name: str, model_type: str, *, moe: bool = False) -> dict[str, Any]:
     attention = config.attention
-    _demand(
+    demand(
         name,
+        **{"a_mixture_of_experts" if moe else "an_mlp_in_every_layer": (config.moe is not None) == moe},
         sequential_wiring=config.wiring == "sequential",
         the_usual_attention_scale=attention.scale in (None, attention.head_dim**-0.5),
         attention_without_softcap=attention.softcap is None,
@@ -37,17 +38,23 @@ def _common(config: DecoderConfig, name: str, model_type: str) -> dict[str, Any]
     }
 
 
-def _llama_like(config: DecoderConfig, name: str, model_type: str) -> dict[str, Any]:
+def llama_like(
+    config: DecoderConfig, name: str, model_type: str, *, qkv_bias_alone: bool = False, moe: bool = False
+) -> dict[str, Any]:
+    """What Llama and its descendants share; `qkv_bias_alone`: biases on q, k and v, none on attention's output."""
     attention, positions = config.attention, config.positions
-    _demand(name, rotary_positions=isinstance(positions, RotaryConfig))
+    demand(name, rotary_positions=isinstance(positions, RotaryConfig))
     assert isinstance(positions, RotaryConfig)
-    _demand(
+    demand(
         name,
         a_swiglu_mlp=config.mlp.kind == "swiglu",
         RMS_norms=config.norm.kind == "rms",
-        attention_biases_everywhere_or_nowhere=attention.qkv_bias == attention.out_bias,
     )
-    return _common(config, name, model_type) | {
+    if qkv_bias_alone:
+        demand(name, biases_on_q_k_v_alone=attention.qkv_bias and not attention.out_bias)
+    else:
+        demand(name, attention_biases_everywhere_or_nowhere=attention.qkv_bias == attention.out_bias)
+    return _common(config, name, model_type, moe=moe) | {
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.mlp.inner_size,
@@ -63,8 +70,8 @@ def _llama_like(config: DecoderConfig, name: str, model_type: str) -> dict[str, 
 def write_llama(config: DecoderConfig) -> dict[str, Any]:
     """config.json of a LlamaForCausalLM. Raises ValueError naming what Llama has no words for."""
     name = "LlamaForCausalLM"
-    values = _llama_like(config, name, "llama")
-    _demand(
+    values = llama_like(config, name, "llama")
+    demand(
         name,
         full_attention_in_every_layer=not any(config.windows),
         no_norm_on_q_and_k=config.attention.qk_norm_eps is None,
@@ -76,8 +83,8 @@ def write_llama(config: DecoderConfig) -> dict[str, Any]:
 def write_mistral(config: DecoderConfig) -> dict[str, Any]:
     """config.json of a MistralForCausalLM. Raises ValueError naming what Mistral has no words for."""
     name = "MistralForCausalLM"
-    values = _llama_like(config, name, "mistral")
-    _demand(
+    values = llama_like(config, name, "mistral")
+    demand(
         name,
         one_window_for_all_layers=len(set(config.windows)) <= 1,
         no_norm_on_q_and_k=config.attention.qk_norm_eps is None,
@@ -86,33 +93,49 @@ def write_mistral(config: DecoderConfig) -> dict[str, Any]:
     return values | {"sliding_window": config.window(0)}
 
 
+def write_qwen2(config: DecoderConfig) -> dict[str, Any]:
+    """config.json of a Qwen2ForCausalLM. Raises ValueError naming what Qwen2 has no words for."""
+    name = "Qwen2ForCausalLM"
+    values = llama_like(config, name, "qwen2", qkv_bias_alone=True)
+    demand(name, no_norm_on_q_and_k=config.attention.qk_norm_eps is None, an_mlp_without_biases=not config.mlp.bias)
+    return values | _qwen_windows(config, name)
+
+
 def write_qwen3(config: DecoderConfig) -> dict[str, Any]:
     """config.json of a Qwen3ForCausalLM. Raises ValueError naming what Qwen3 has no words for."""
     name = "Qwen3ForCausalLM"
-    values = _llama_like(config, name, "qwen3")
-    windows = [config.window(layer) for layer in range(config.num_layers)]
-    sizes = {window for window in windows if window is not None}
-    _demand(
+    values = llama_like(config, name, "qwen3")
+    demand(
         name,
         norms_on_q_and_k_with_the_eps_of_the_other_norms=config.attention.qk_norm_eps == config.norm.eps,
         an_mlp_without_biases=not config.mlp.bias,
-        one_size_of_window=len(sizes) <= 1,
     )
-    values |= {"attention_bias": config.attention.qkv_bias, "use_sliding_window": bool(sizes)}
-    if sizes:
-        kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
-        # Only `layer_types` decides where it stands; older transformers read the number of leading full layers.
-        leading = kinds.index("sliding_attention")
-        values |= {"sliding_window": sizes.pop(), "max_window_layers": leading, "layer_types": kinds}
-    return values
+    return values | {"attention_bias": config.attention.qkv_bias} | _qwen_windows(config, name)
+
+
+def _qwen_windows(config: DecoderConfig, name: str) -> dict[str, Any]:
+    windows = [config.window(layer) for layer in range(config.num_layers)]
+    sizes = {window for window in windows if window is not None}
+    demand(name, one_size_of_window=len(sizes) <= 1)
+    if not sizes:
+        return {"use_sliding_window": False}
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    # Only `layer_types` decides where it stands; older transformers read the number of leading full layers.
+    leading = kinds.index("sliding_attention")
+    return {
+        "use_sliding_window": True,
+        "sliding_window": sizes.pop(),
+        "max_window_layers": leading,
+        "layer_types": kinds,
+    }
 
 
 def write_gpt2(config: DecoderConfig) -> dict[str, Any]:
     """config.json of a GPT2LMHeadModel. Raises ValueError naming what GPT-2 has no words for."""
     name, attention, positions = "GPT2LMHeadModel", config.attention, config.positions
     values = _common(config, name, "gpt2")
-    _demand(name, learned_positions=isinstance(positions, LearnedPositionsConfig))
-    _demand(
+    demand(name, learned_positions=isinstance(positions, LearnedPositionsConfig))
+    demand(
         name,
         a_gelu_mlp=config.mlp.kind in _GPT2_ACTIVATIONS,
         layer_norms=config.norm.kind == "layer",

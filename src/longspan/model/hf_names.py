@@ -1,11 +1,12 @@
 """Names of tensors: Hugging Face's to ours, both ways from one list.
 
 One stored tensor is one or several of our parameters joined along dim 0 (GPT-2 keeps q, k and v in one), transposed
-where the checkpoint keeps (in, out) matrices (GPT-2's Conv1D).
+where the checkpoint keeps (in, out) matrices (GPT-2's Conv1D); or it is one matrix of a stack of ours (an expert's).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from longspan.model.config import DecoderConfig
@@ -13,15 +14,18 @@ from longspan.model.config import DecoderConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stored:
-    """A tensor of a checkpoint, and the parameters of ours that it holds."""
+    """A tensor of a checkpoint, and the parameters of ours that it holds; with `index`, that entry of dim 0 of one."""
 
     name: str
     ours: tuple[str, ...]
     transposed: bool = False
+    index: int | None = None
 
     def shape(self, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
         """Its shape, from the shapes of our parameters."""
         first = shapes[self.ours[0]]
+        if self.index is not None:
+            return first[1:]
         joined = (sum(shapes[name][0] for name in self.ours), *first[1:])
         return joined[::-1] if self.transposed else joined
 
@@ -31,8 +35,19 @@ def _weights(theirs: str, ours: str, *, bias: bool) -> list[Stored]:
     return [Stored(name=f"{theirs}.{kind}", ours=(f"{ours}.{kind}",)) for kind in kinds]
 
 
-def llama_names(config: DecoderConfig) -> list[Stored]:
-    """Names of Llama, Mistral and Qwen3."""
+def mlp_names(theirs: str, ours: str, config: DecoderConfig, layer: int) -> list[Stored]:
+    """The mlp of one layer of Llama and its like."""
+    return [
+        stored
+        for name in ("gate", "up", "down")
+        for stored in _weights(f"{theirs}.mlp.{name}_proj", f"{ours}.mlp.{name}", bias=config.mlp.bias)
+    ]
+
+
+def llama_names(
+    config: DecoderConfig, channel_mixer: Callable[[str, str, DecoderConfig, int], list[Stored]] = mlp_names
+) -> list[Stored]:
+    """Names of Llama, Mistral, Qwen2 and Qwen3; `channel_mixer(theirs, ours, config, layer)` names that of a layer."""
     attention = config.attention
     stored = _weights("model.embed_tokens", "embed", bias=False)
     for i in range(config.num_layers):
@@ -45,8 +60,7 @@ def llama_names(config: DecoderConfig) -> list[Stored]:
             for name in ("q_norm", "k_norm"):
                 stored += _weights(f"{theirs}.self_attn.{name}", f"{ours}.mixer.{name}", bias=False)
         stored += _weights(f"{theirs}.post_attention_layernorm", f"{ours}.norm_mlp", bias=False)
-        for name in ("gate", "up", "down"):
-            stored += _weights(f"{theirs}.mlp.{name}_proj", f"{ours}.mlp.{name}", bias=config.mlp.bias)
+        stored += channel_mixer(theirs, ours, config, i)
     stored += _weights("model.norm", "norm", bias=False)
     if not config.tie_embeddings:
         stored += _weights("lm_head", "head", bias=False)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.model import hf_configs, hf_export, hf_files
+from longspan.model import hf_configs, hf_export, hf_files, hf_moe
 from longspan.model.config import DecoderConfig
 from longspan.model.decoder import DecoderLM, build
 from longspan.model.hf_files import TensorFiles
@@ -53,6 +53,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Qwen3ForCausalLM": Architecture(
         model_type="qwen3", read=hf_configs.read_qwen3, write=hf_export.write_qwen3, names=llama_names
+    ),
+    "Qwen2ForCausalLM": Architecture(
+        model_type="qwen2", read=hf_configs.read_qwen2, write=hf_export.write_qwen2, names=llama_names
+    ),
+    "MixtralForCausalLM": Architecture(
+        model_type="mixtral", read=hf_moe.read_mixtral, write=hf_moe.write_mixtral, names=hf_moe.mixtral_names
+    ),
+    "Qwen3MoeForCausalLM": Architecture(
+        model_type="qwen3_moe", read=hf_moe.read_qwen3_moe, write=hf_moe.write_qwen3_moe, names=hf_moe.qwen3_moe_names
     ),
     "GPT2LMHeadModel": Architecture(
         model_type="gpt2",
@@ -103,6 +112,7 @@ def load_into(model: DecoderLM, path: str | os.PathLike[str]) -> None:
         ValueError: as `load_pretrained`; and parameters on the meta device.
     """
     parameters, boxes = dict(model.named_parameters()), model.boxes()
+    model.reset_balance()
     for name, read in readers(model, path).items():
         if name in parameters:
             fill(parameters[name], read, boxes.get(name))
@@ -115,12 +125,23 @@ def readers(model: DecoderLM, path: str | os.PathLike[str]) -> dict[str, Callabl
     files = TensorFiles(folder)
     plan, shapes = _match(architecture, model, files, folder)
     found: dict[str, Callable[[Region], Tensor]] = {}
+    stacks: dict[str, dict[int, Callable[[Region], Tensor]]] = {}
     for entry, name in plan:
+        if entry.index is not None:
+            stacks.setdefault(entry.ours[0], {})[entry.index] = _reader(files, name, 0, entry.transposed)
+            continue
         start = 0
         for ours in entry.ours:
             found[ours] = _reader(files, name, start, entry.transposed)
             start += shapes[ours][0]
-    return found
+    return found | {ours: _stack_reader(entries) for ours, entries in stacks.items()}
+
+
+def _stack_reader(entries: Mapping[int, Callable[[Region], Tensor]]) -> Callable[[Region], Tensor]:
+    def read(region: Region) -> Tensor:
+        return torch.stack([entries[index](region[1:]) for index in range(region[0].start, region[0].stop)])
+
+    return read
 
 
 def _reader(files: TensorFiles, name: str, start: int, transposed: bool) -> Callable[[Region], Tensor]:
@@ -305,8 +326,9 @@ def save_tensors(
 
     relay = _Relay(sharded=sharded)
     relay.run(lambda: _prepare(folder))
+    gather = _Gather(parameters, dtype, keep=relay.writes)
     for file, names in files.items():
-        tensors = {theirs: _gather(stored[theirs], parameters, dtype, keep=relay.writes) for theirs in names}
+        tensors = {theirs: gather(stored[theirs]) for theirs in names}
         relay.run(lambda file=file, tensors=tensors: hf_files.write_tensors(folder / file, tensors))
     relay.run(lambda: _finish(folder, values, files, sum(num_bytes.values())))
 
@@ -358,13 +380,29 @@ def _describe(config: DecoderConfig, architecture: str | None) -> tuple[str, dic
     raise ValueError(f"no Hugging Face architecture can hold this model: {'; '.join(reasons)}")
 
 
-def _gather(entry: Stored, parameters: Mapping[str, Tensor], dtype: torch.dtype, *, keep: bool) -> Tensor:
-    """A stored tensor, on the rank that writes; elsewhere nothing."""
-    parts = [parameters[name].detach() for name in entry.ours]
-    if not keep:
-        return torch.empty(0)
-    joined = torch.cat([part.to("cpu", dtype) for part in parts]) if len(parts) > 1 else parts[0].to("cpu", dtype)
-    return joined.t() if entry.transposed else joined
+class _Gather:
+    """Stored tensors from parameters; of a stack, whose entries come one after another, the last one gathered stays."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], dtype: torch.dtype, *, keep: bool) -> None:
+        self.parameters, self.dtype, self.keep = parameters, dtype, keep
+        self._last: tuple[str, Tensor] | None = None
+
+    def __call__(self, entry: Stored) -> Tensor:
+        """A stored tensor, on the rank that writes; elsewhere nothing."""
+        if entry.index is not None:
+            (name,) = entry.ours
+            if self._last is None or self._last[0] != name:
+                self._last = None  # not two at a time
+                self._last = (name, self._whole(name))
+            # A copy: safetensors takes no two tensors of one storage.
+            return self._last[1][entry.index].clone() if self.keep else torch.empty(0)
+        parts = [self._whole(name) for name in entry.ours]
+        joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return joined.t() if entry.transposed and self.keep else joined
+
+    def _whole(self, name: str) -> Tensor:
+        whole = self.parameters[name].detach()
+        return whole.to("cpu", self.dtype) if self.keep else torch.empty(0)
 
 
 def _shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

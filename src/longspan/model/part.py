@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from longspan.layout.expert_parallel import ALONE, ExpertSplit
 from longspan.layout.tensor_parallel import WHOLE, TensorSplit
 
 
@@ -19,12 +20,14 @@ class ModelPart:
         first, last: whether it embeds tokens, and whether it has the last norm and the head. Where head and embedding
             are tied, both hold the matrix.
         split: of each weight.
+        experts: of each mixture's experts.
     """
 
     layers: tuple[int, ...] | None = None
     first: bool = True
     last: bool = True
     split: TensorSplit = WHOLE
+    experts: ExpertSplit = ALONE
 
 
 ALL = ModelPart()

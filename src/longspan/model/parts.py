@@ -15,6 +15,8 @@ from longspan.mixers.norm import RMSNorm
 from longspan.mixers.rotary import Rotary
 from longspan.mixers.softmax import Attention
 from longspan.model.config import DecoderConfig, MlpConfig, NormConfig
+from longspan.model.moe import Moe, Routing
+from longspan.model.part import ALL, ModelPart
 
 
 class LayerNorm(nn.Module):
@@ -81,25 +83,38 @@ class Mlp(nn.Module):
         return boxes if self.gate is None else boxes | linear_boxes("gate", self.gate, 0, start, total)
 
 
+def make_channel_mixer(config: DecoderConfig, layer: int, part: ModelPart = ALL) -> Mlp | Moe:
+    """The mlp or the mixture of experts of one layer."""
+    moe, width = config.moe, config.hidden_size
+    if moe is None or layer in config.dense_layers:
+        return Mlp(config.mlp, width, part.split)
+    shared = Mlp(MlpConfig(inner_size=moe.shared_inner_size), width, part.split) if moe.shared_inner_size else None
+    return Moe(moe, width, shared, part)
+
+
 class Block(nn.Module):
     """One layer: token mixer and channel mixer with pre-norms, one after the other or side by side."""
 
-    def __init__(self, config: DecoderConfig, layer: int, rotary: Rotary | None, split: TensorSplit = WHOLE) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, rotary: Rotary | None, part: ModelPart = ALL) -> None:
         super().__init__()
-        self.split, width = split, config.hidden_size
+        self.split, width = part.split, config.hidden_size
         self.norm_mixer = make_norm(config.norm, width)
         self.mixer = Attention(
-            config.attention, width, layer=layer, window=config.window(layer), rotary=rotary, split=split
+            config.attention, width, layer=layer, window=config.window(layer), rotary=rotary, split=part.split
         )
         # Side by side, both read the one norm.
         self.norm_mlp = make_norm(config.norm, width) if config.wiring == "sequential" else None
-        self.mlp = Mlp(config.mlp, width, split)
+        self.mlp = make_channel_mixer(config, layer, part)
 
-    def forward(self, x: Float[Tensor, "b m c"], ctx: Context) -> Float[Tensor, "b m c"]:
-        """The layer's output, residuals added; m is the context's number of tokens unless weights are split."""
+    def forward(self, x: Float[Tensor, "b m c"], ctx: Context) -> tuple[Float[Tensor, "b m c"], Routing | None]:
+        """The layer's output, residuals added, and where tokens went (None where the layer has no experts); m is the
+        context's number of tokens unless weights are split."""
         num_tokens = ctx.positions.shape[0]
         normed = self.split.gather(self.norm_mixer(x), num_tokens)
-        if self.norm_mlp is None:
-            return x + self.mixer(normed, ctx) + self.mlp(normed)
         x = x + self.mixer(normed, ctx)
-        return x + self.mlp(self.split.gather(self.norm_mlp(x), num_tokens))
+        if self.norm_mlp is not None:
+            normed = self.split.gather(self.norm_mlp(x), num_tokens)
+        if isinstance(self.mlp, Moe):
+            mixed, routing = self.mlp(normed)
+            return x + mixed, routing
+        return x + self.mlp(normed), None

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from longspan.mixers.config import AttentionConfig, RotaryConfig
-from longspan.model.config import DecoderConfig, MlpConfig
+from longspan.model.config import Balance, DecoderConfig, MlpConfig, MoeConfig
 from longspan.model.lora import LoraConfig
 from longspan.plan.plan import Plan
 from longspan.train.data.batches import BatchPlan, Packing, warmup_plan
@@ -28,6 +28,13 @@ class ModelConfig:
         kv_heads: KV heads; 0 for as many as heads.
         inner: inner width of the MLP; 0 for 8/3 of the width, rounded up to a multiple of 32.
         tie: the head shares the embedding's matrix.
+        experts: swiglu experts in the place of every layer's MLP; 0 for none.
+        experts_per_token: experts that a token goes to.
+        expert_inner: inner width of one expert; 0 for that of the MLP.
+        shared_inner: inner width of an expert that all tokens go through besides; 0 for none.
+        balance: "aux": an auxiliary loss in each layer; "aux_pooled": one over all layers, as transformers has it;
+            "bias": a bias on the router's choice and no loss.
+        aux_coef, bias_speed: weight of the auxiliary loss, step of the bias.
         config: a JSON file with a whole DecoderConfig, in place of the fields above.
     """
 
@@ -38,6 +45,13 @@ class ModelConfig:
     inner: int = 0
     tie: bool = False
     rope_theta: float = 10000.0
+    experts: int = 0
+    experts_per_token: int = 2
+    expert_inner: int = 0
+    shared_inner: int = 0
+    balance: Balance = "aux"
+    aux_coef: float = 0.01
+    bias_speed: float = 0.001
     config: Path | None = None
 
     def __post_init__(self) -> None:
@@ -46,6 +60,12 @@ class ModelConfig:
                 f"a model is given by a file or by single options, got --model.config {self.config} and other --model "
                 "options; change the file, or leave one of the two out"
             )
+        default = {item.name: item.default for item in dataclasses.fields(ModelConfig)}
+        for name in ("experts_per_token", "expert_inner", "shared_inner", "balance", "aux_coef", "bias_speed"):
+            if not self.experts and getattr(self, name) != default[name]:
+                raise ValueError(
+                    f"{name} is of a mixture of experts, got {getattr(self, name)} without one; give --model.experts"
+                )
 
     def decoder(self, vocab_size: int, max_length: int) -> DecoderConfig:
         """The full config. Raises ValueError where the fields do not fit each other."""
@@ -64,6 +84,7 @@ class ModelConfig:
                 f"layers, width and heads must be positive and heads must divide width, got {self.layers}, "
                 f"{self.width} and {self.heads}; change --model.width or --model.heads"
             )
+        inner = self.inner or 32 * math.ceil(self.width * 8 / 3 / 32)
         return DecoderConfig(
             num_layers=self.layers,
             hidden_size=self.width,
@@ -74,10 +95,24 @@ class ModelConfig:
                 num_kv_heads=self.kv_heads or self.heads,
                 qk_norm_eps=1e-6,
             ),
-            mlp=MlpConfig(inner_size=self.inner or 32 * math.ceil(self.width * 8 / 3 / 32)),
+            mlp=MlpConfig(inner_size=inner),
+            moe=self._moe(inner),
             positions=RotaryConfig(theta=self.rope_theta, max_positions=max_length),
             tie_embeddings=self.tie,
             init_std=self.width**-0.5,
+        )
+
+    def _moe(self, inner: int) -> MoeConfig | None:
+        if not self.experts:
+            return None
+        return MoeConfig(
+            num_experts=self.experts,
+            experts_per_token=self.experts_per_token,
+            inner_size=self.expert_inner or inner,
+            shared_inner_size=self.shared_inner,
+            balance=self.balance,
+            aux_coef=self.aux_coef,
+            bias_speed=self.bias_speed,
         )
 
 

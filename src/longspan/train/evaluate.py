@@ -26,7 +26,13 @@ def make_context(
     mask = masks.causal(num_tokens)
     prepared = prepare.of(mask, rows)
     ctx = SequenceContext(
-        mask, mesh.context.group, method=prepare.method, layout=prepared.layout, device=device, where=prepare.where
+        mask,
+        mesh.context.group,
+        method=prepare.method,
+        layout=prepared.layout,
+        device=device,
+        where=prepare.where,
+        tokens_group=mesh.tokens.group,
     )
     ctx.renew(mask, built=prepared.built)
     return ctx, prepared
@@ -60,7 +66,7 @@ def total_nats(
         if not len(rows[0]):  # every rank must run the model: collectives wait for all
             rows = windows.tokens[:1], torch.full_like(windows.labels[:1], NO_LABEL)
         micro = Micro(_local(rows[0], ctx, device), _local(rows[1], ctx, device), ctx)
-        nats += float(model.loss(*micro)[0]) if pipeline is None else pipeline.loss(micro)
+        nats += float(model.losses(*micro).cross_entropy) if pipeline is None else pipeline.loss(micro)
         labels += int((micro.labels != NO_LABEL).sum())
     for root in [model] if pipeline is None else pipeline.stages:
         for module in root.modules():

@@ -3,6 +3,10 @@
 Every rank runs the same program. Rows are drawn by the data axis, each row's sequence is split over the context axis,
 parameters are held as the plan says. The loss of a step is the sum over all its labels divided by their global number,
 so that neither the split of rows, of sequences nor of micro-batches changes the gradient.
+
+`loss` is the cross-entropy alone. A model whose experts are balanced by an auxiliary loss has that as well, `aux_loss`,
+per label and with its coefficient: the sum of both is what is minimised. It compares the experts' load within one
+micro-batch over all ranks, so that other micro-batches give another auxiliary loss.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from longspan.plan.plan import Plan
 from longspan.train.config import OptimConfig, TrainConfig
 from longspan.train.data.batches import Batch
 from longspan.train.evaluate import make_context, reduce_sums
-from longspan.train.parallel import check_plan, parallelise, tensor_split
+from longspan.train.parallel import check_plan, expert_split, parallelise, tensor_split
 from longspan.train.pipeline import Micro, Pipeline, Stage, ranks_of_stages, stage_layers
 from longspan.train.prepare import Prepared, make_prepare
 
@@ -62,6 +66,7 @@ def make_model(
         first=mine[0] == 0,
         last=mine[-1] == len(ranks) - 1,
         split=tensor_split(mesh),
+        experts=expert_split(mesh),
     )
     model = outline(decoder, config, part)
     model.mlp_tile = plan.mlp_tile or None
@@ -111,6 +116,7 @@ class Trainer:
         self.prepare = make_prepare(decoder, plan, self.mesh, device)
         self._contexts: dict[tuple[int, int], SequenceContext] = {}
         self._packed: dict[int, SequenceContext] = {}
+        self._last_context: SequenceContext | None = None
         self._chosen: set[tuple[str, ...]] = set()
         self._notes: list[str] = []
 
@@ -138,7 +144,12 @@ class Trainer:
         place = 0 if self.pipeline is None else batch.micro
         if place not in self._packed:
             self._packed[place] = SequenceContext(
-                mask, self.mesh.context.group, method=self.plan.method, layout=prepared.layout, device=self.device
+                mask,
+                self.mesh.context.group,
+                method=self.plan.method,
+                layout=prepared.layout,
+                device=self.device,
+                tokens_group=self.mesh.tokens.group,
             )
         self._packed[place].renew(mask, positions, prepared.built, prepared.layout)
         return self._packed[place]
@@ -149,27 +160,38 @@ class Trainer:
             self._notes.append(prepared.why)
 
     def gradients(self, micros: list[tuple[Batch, Prepared | None]]) -> float:
-        """Adds the gradient of the mean loss of a step's micro-batches to the parameters; returns the mean loss."""
+        """Adds the gradient of the mean loss of a step's micro-batches to the parameters; returns the mean loss.
+
+        The auxiliary loss is in the gradient, not in what is returned.
+        """
+        return self._gradients(micros)["loss"]
+
+    def _gradients(self, micros: list[tuple[Batch, Prepared | None]]) -> dict[str, float]:
+        """As `gradients`; returns `loss` and, where the model has one, `aux_loss`."""
         mesh, labels = self.mesh, sum(batch.num_labels for batch, _ in micros)
         # Ranks that share a sequence or its layers hold the same batch: count it once.
         (total,) = reduce_sums([labels / (mesh.context.size * mesh.tensor.size * mesh.pipeline.size)])
         total = max(1.0, round(total))
         # FSDP averages gradients over the token ranks; the loss is a sum over them.
-        scale, nats = mesh.tokens.size / total, 0.0
+        scale, nats, aux_nats = mesh.tokens.size / total, 0.0, 0.0
         if self.pipeline is not None:
-            nats = self.pipeline.step([self._micro(*given) for given in micros], scale)
+            ready = [self._micro(*given) for given in micros]
+            nats, aux_nats = self.pipeline.step(ready, scale)
         else:
             for index, given in enumerate(micros):
                 self.model.set_requires_gradient_sync(index == len(micros) - 1)  # type: ignore[attr-defined]
-                loss, _ = self.model.loss(*self._micro(*given))
-                (loss * scale).backward()
+                loss, _, aux = self.model.losses(*self._micro(*given))
+                ((loss if aux is None else loss + aux) * scale).backward()
                 nats += float(loss.detach())
+                aux_nats += 0.0 if aux is None else float(aux.detach())
         self._sum_shared()
-        (nats,) = reduce_sums([nats / mesh.tensor.size])
-        return nats / total
+        nats, aux_nats = reduce_sums([nats / mesh.tensor.size, aux_nats])
+        moe = self.model.config.moe
+        has_aux = moe is not None and moe.balance in ("aux", "aux_pooled")
+        return {"loss": nats / total, **({"aux_loss": aux_nats / total} if has_aux else {})}
 
     def _micro(self, batch: Batch, prepared: Prepared | None) -> Micro:
-        ctx = self.context(batch, prepared)
+        self._last_context = ctx = self.context(batch, prepared)
         return Micro(ctx.local(batch.tokens).to(self.device), ctx.local(batch.labels).to(self.device), ctx)
 
     def _sum_shared(self) -> None:
@@ -189,7 +211,8 @@ class Trainer:
             if parameter.grad is None:
                 continue
             twice = name == "embed.weight" and mesh.ends is not None and model.config.tie_embeddings
-            copies.append(mesh.parameters.size(0) * (1 if name in split else mesh.tensor.size) * (2 if twice else 1))
+            sharers = mesh.expert_parameters if ".experts." in name else mesh.parameters
+            copies.append(sharers.size(0) * (1 if name in split else mesh.tensor.size) * (2 if twice else 1))
             locals_.append(parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad)
         norms = torch.stack([torch.linalg.vector_norm(grad) for grad in locals_])
         total = (norms.square() / torch.tensor(copies, device=norms.device)).sum()
@@ -199,7 +222,8 @@ class Trainer:
     def step(self, step: int, num_steps: int, micros: list[tuple[Batch, Prepared | None]]) -> dict[str, float]:
         """One optimiser step. Raises NotFiniteError before the update where loss or gradient is not finite."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss, norm = self.gradients(micros), self.gradient_norm()
+        losses, norm = self._gradients(micros), self.gradient_norm()
+        loss = losses["loss"]
         if not (math.isfinite(loss) and math.isfinite(norm.item())):
             raise NotFiniteError(
                 f"the loss of step {step + 1} is {loss:g} and the gradient's norm {norm.item():g}: stopped before the "
@@ -211,7 +235,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        return {"loss": loss, "gradient_norm": norm.item(), "learning_rate": rate}
+        self.model.balance(self._last_context)
+        return {**losses, "gradient_norm": norm.item(), "learning_rate": rate}
 
 
 def largest_gradient(model: DecoderLM) -> str:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from longspan.layout.expert_parallel import ExpertSplit
 from longspan.layout.mesh import Mesh
 from longspan.layout.tensor_parallel import TensorSplit
 from longspan.model.config import DecoderConfig
 from longspan.model.decoder import DecoderLM
+from longspan.model.moe import Experts
 from longspan.model.part import Layers
 from longspan.model.recompute import apply_recompute
 from longspan.plan.plan import Plan
@@ -26,6 +28,11 @@ def tensor_split(mesh: Mesh) -> TensorSplit:
     return TensorSplit(mesh.tensor.rank, mesh.tensor.size, mesh.tensor.group)
 
 
+def expert_split(mesh: Mesh) -> ExpertSplit:
+    """This rank's part of every mixture's experts."""
+    return ExpertSplit(mesh.expert.rank, mesh.expert.size, mesh.expert.group)
+
+
 def check_plan(plan: Plan, config: DecoderConfig, partly_trained: bool = False) -> None:
     """Raises ValueError where a model, all or only some of which is trained, cannot be split as a plan says."""
     if partly_trained and (plan.tensor > 1 or plan.pipeline > 1):
@@ -34,8 +41,22 @@ def check_plan(plan: Plan, config: DecoderConfig, partly_trained: bool = False) 
             f"{plan.pipeline}; use data, context and shard zero3"
         )
     heads, stages = config.attention.num_heads, plan.pipeline * plan.stages_per_rank
-    if plan.expert != 1:
-        raise ValueError(f"the trainer runs no expert axis yet, got expert {plan.expert}; set expert to 1")
+    num_experts = 0 if config.moe is None else config.moe.num_experts
+    if plan.expert > 1 and num_experts < plan.expert:
+        raise ValueError(
+            f"expert parallelism needs an expert for every rank, got {num_experts} experts for expert {plan.expert}; "
+            "use fewer, or data"
+        )
+    if plan.expert > 1 and plan.mlp_tile:
+        raise ValueError(
+            f"experts on other ranks are not mixed in tiles, got mlp_tile {plan.mlp_tile} with expert {plan.expert}; "
+            "leave mlp_tile out"
+        )
+    if plan.pipeline > 1 and config.moe is not None and config.moe.balance == "aux_pooled":
+        raise ValueError(
+            "balance aux_pooled looks at all layers at once, which a pipeline has on different ranks, got pipeline "
+            f"{plan.pipeline}; use balance aux or bias"
+        )
     if heads < plan.tensor:
         raise ValueError(
             f"tensor parallelism needs a query head for every rank, got {heads} heads for tensor {plan.tensor}; use "
@@ -64,7 +85,13 @@ def parallelise(root: nn.Module, plan: Plan, mesh: Mesh) -> None:
     blocks = root.blocks
     assert isinstance(blocks, Layers)
     for block in blocks:
+        for experts in (module for module in block.modules() if isinstance(module, Experts) and mesh.expert.size > 1):
+            fully_shard(experts, mesh=mesh.expert_parameters, mp_policy=policy, reshard_after_forward=again)
+            assert isinstance(experts, FSDPModule)
+            # The mean over fewer ranks, of gradients that the tokens of all of them have gone into already.
+            experts.set_gradient_divide_factor(mesh.tokens.size)
         fully_shard(block, mesh=mesh.parameters, mp_policy=policy, reshard_after_forward=again)
     fully_shard(root, mesh=mesh.parameters, mp_policy=policy, reshard_after_forward=again)
     if isinstance(root, DecoderLM):
-        register_fsdp_forward_method(root, "loss")
+        for name in ("loss", "losses"):
+            register_fsdp_forward_method(root, name)

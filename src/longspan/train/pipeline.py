@@ -84,17 +84,35 @@ class Stage(nn.Module):
         self.norm, self.head = (model.norm, model.head) if last else (None, None)
         self._model = (model,)  # in a tuple, for it is no part of the stage
         self._micros: list[Micro] = []
+        self._scale, self.aux = 1.0, 0.0  # aux: the auxiliary losses of the micro-batches since begin
 
     @property
     def model(self) -> DecoderLM:
         return self._model[0]
 
-    def begin(self, micros: Sequence[Micro]) -> None:
-        self._micros = list(micros)
+    def begin(self, micros: Sequence[Micro], scale: float) -> None:
+        self._micros, self._scale, self.aux = list(micros), scale, 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         _, labels, ctx = self._micros.pop(0)
-        return self.model.stage(x, ctx, self.layers, labels)
+        x, aux = self.model.stage(x, ctx, self.layers, labels)
+        if aux is None:
+            return x
+        self.aux += float(aux.detach())
+        return _WithAux.apply(x, aux, self._scale)  # type: ignore[no-any-return]
+
+
+class _WithAux(torch.autograd.Function):
+    """States, with ``scale`` as the gradient of this stage's auxiliary loss: it needs no way to the last stage."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, aux: Tensor, scale: float) -> Tensor:
+        ctx.aux = aux.new_tensor(scale)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grads[0], ctx.aux, None
 
 
 def stage_layers(num_layers: int, plan: Plan) -> list[range]:
@@ -143,19 +161,20 @@ class Pipeline:
         self._made: tuple[tuple[int, ...], PipelineScheduleSingle | PipelineScheduleMulti] | None = None
         self._scale = 1.0
 
-    def step(self, micros: Sequence[Micro], scale: float) -> float:
-        """Adds the gradients of ``scale`` x the summed losses of the micro-batches; returns the sum of the losses, on
-        the rank of the last stage, elsewhere 0. Collective."""
+    def step(self, micros: Sequence[Micro], scale: float) -> tuple[float, float]:
+        """Adds the gradients of ``scale`` x the summed losses of the micro-batches; returns the sum of the
+        cross-entropies, on the rank of the last stage, elsewhere 0, and of this rank's auxiliary losses. Collective."""
         shape = (*micros[0].tokens.shape, len(micros))
         if self._made is None or self._made[0] != shape:
             self._made = shape, self._make(micros[0].tokens, len(micros))
         for stage in self.stages:
-            stage.begin(micros)
+            stage.begin(micros, scale)
         self._scale, losses = scale, []
         arguments = (torch.cat([micro.tokens for micro in micros]),) if self._holds(0) else ()
         last = {"target": torch.zeros(len(micros), device=self.device), "losses": losses}
         self._made[1].step(*arguments, return_outputs=False, **(last if self._holds(-1) else {}))
-        return sum(float(loss.detach()) for loss in losses) / scale
+        nats = sum(float(loss.detach()) for loss in losses) / scale
+        return nats, sum(stage.aux for stage in self.stages)
 
     @torch.no_grad()
     def loss(self, micro: Micro) -> float:
@@ -166,7 +185,7 @@ class Pipeline:
             if before >= 0 and self.ranks[before] != self.axis.rank:
                 x = self._states(micro.tokens, stage, self.device).detach()
                 dist.recv(x, group=self.axis.group, group_src=self.ranks[before])
-            stage.begin([micro])
+            stage.begin([micro], 1.0)
             x = stage(x)
             if after < len(self.ranks) and self.ranks[after] != self.axis.rank:
                 dist.send(x, group=self.axis.group, group_dst=self.ranks[after])
