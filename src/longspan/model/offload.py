@@ -8,8 +8,8 @@ Cost, with g = bytes a block keeps under its recomputation and n blocks: (n - 2)
 in the backward; the host holds (n - 2)·g, the device 2·g in place of n·g. The last two blocks keep theirs, which would
 come back at once. Parameters and tensors under `min_bytes` never move.
 
-`Lane` and `Pinned` are what layer streaming (`model.stream`) copies with. On a CPU, "device" and "host" are both its
-memory: copies are still made, at once.
+`Lane` and `Pinned` are what layer streaming (`model.block_stream`) copies with. On a CPU, "device" and "host" are both
+its memory: copies are still made, at once.
 """
 
 from __future__ import annotations
@@ -63,8 +63,10 @@ class Lane:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def copy(self, *pairs: tuple[Tensor, Tensor], after: torch.cuda.Event | None = None) -> torch.cuda.Event | None:
-        """Copies (to, source) pairs once the current stream has done all it was given so far, and `after` is over.
+    def copy(
+        self, *pairs: tuple[Tensor, Tensor], after: tuple[torch.cuda.Event | None, ...] = ()
+    ) -> torch.cuda.Event | None:
+        """Copies (to, source) pairs once the current stream has done all it was given so far, and `after` are over.
 
         The caller keeps both tensors until a stream that owns their memory has waited for the event returned.
         """
@@ -75,8 +77,9 @@ class Lane:
                 return None
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
-                if after is not None:
-                    self.stream.wait_event(after)
+                for event in after:
+                    if event is not None:
+                        self.stream.wait_event(event)
                 for to, source in pairs:
                     to.copy_(source, non_blocking=True)
                 done = torch.cuda.Event()

@@ -19,6 +19,7 @@ from longspan.context.methods import builder, check_name
 Shard = Literal["none", "zero2", "zero3"]
 Recompute = Literal["none", "full", "attention"]
 Precision = Literal["auto", "fp32", "bf16"]
+Offload = Literal["none", "activations", "layers", "both"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +40,9 @@ class Plan:
         precision: of the computation; "auto" is bf16 on CUDA and fp32 elsewhere. Master weights and optimiser state are
             fp32.
         mlp_tile: tokens that an MLP mixes at a time; 0 for all.
+        offload: what is in host memory: "activations" (what ``recompute`` keeps of each block), "layers" (parameters of
+            blocks but for those at work, gradients, optimiser state; one rank), or "both".
+        offload_gib: most host memory for activations, in GiB; 0 for no limit. What finds no room stays on the device.
     """
 
     data: int = 1
@@ -52,19 +56,37 @@ class Plan:
     layout: str = "auto"
     precision: Precision = "auto"
     mlp_tile: int = 0
+    offload: Offload = "none"
+    offload_gib: int = 0
 
     def __post_init__(self) -> None:
         for name in ("data", "tensor", "pipeline", "expert"):
             if getattr(self, name) < 1:
                 raise ValueError(f"a plan's {name} must be at least 1, got {getattr(self, name)}; leave it out for 1")
-        for name in ("context", "mlp_tile"):
+        for name in ("context", "mlp_tile", "offload_gib"):
             if getattr(self, name) < 0:
                 raise ValueError(f"a plan's {name} must be 0 or more, got {getattr(self, name)}; leave it out")
-        for name, kind in (("shard", Shard), ("recompute", Recompute), ("precision", Precision)):
+        kinds = {"shard": Shard, "recompute": Recompute, "precision": Precision, "offload": Offload}
+        for name, kind in kinds.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(
                     f"a plan's {name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}"
                 )
+        if self.moves_activations and self.recompute == "none":
+            raise ValueError(
+                f"a plan that offloads activations keeps few of them, got offload {self.offload!r} with recompute "
+                "'none'; set recompute to full or attention"
+            )
+        if self.streams_layers and self.shard != "none":
+            raise ValueError(
+                f"a plan that offloads layers runs on one rank, got offload {self.offload!r} with shard "
+                f"{self.shard!r}; set shard to none"
+            )
+        if self.offload_gib and not self.moves_activations:
+            raise ValueError(
+                f"a plan's offload_gib is for activations, got {self.offload_gib} with offload {self.offload!r}; leave "
+                "it out, or set offload to activations or both"
+            )
         if self.method != "auto":
             check_name(self.method)
         if self.layout != "auto":
@@ -87,7 +109,20 @@ class Plan:
             )
         if self.method != "auto":
             builder(self.method, context)  # refuses a degree that does not divide the ranks
+        if self.streams_layers and world > 1:
+            raise ValueError(
+                f"a plan that offloads layers runs on one rank, got offload {self.offload!r} for {world} ranks; set "
+                "offload to activations, or start 1 rank"
+            )
         return dataclasses.replace(self, context=context)
+
+    @property
+    def moves_activations(self) -> bool:
+        return self.offload in ("activations", "both")
+
+    @property
+    def streams_layers(self) -> bool:
+        return self.offload in ("layers", "both")
 
     def on(self, device_type: str) -> Plan:
         """The plan with ``precision`` resolved for a kind of device."""

@@ -57,6 +57,7 @@ def finish(setting: Setting, trainer: Trainer, outcome: Outcome) -> Path | None:
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
     if not setting.not_exported:
+        trainer.settle()
         try:
             save_pretrained(trainer.model, folder)
         except OSError as error:

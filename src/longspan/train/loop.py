@@ -29,7 +29,7 @@ from longspan.plan.plan import Plan
 from longspan.train.config import OptimConfig, TrainConfig
 from longspan.train.data.batches import Batch
 from longspan.train.evaluate import make_context, reduce_sums
-from longspan.train.parallel import parallelise
+from longspan.train.parallel import parallelise, stream
 from longspan.train.prepare import Prepared, make_prepare
 
 
@@ -40,10 +40,13 @@ class NotFiniteError(RuntimeError):
 def make_model(
     config: DecoderConfig, plan: Plan, mesh: Mesh, device: torch.device, seed: int, init: Path | None
 ) -> DecoderLM:
-    """A model made on the meta device, split by the plan, of which each rank fills only its own part."""
+    """A model made on the meta device, split by the plan, of which each rank fills only its own part.
+
+    One whose layers are streamed is filled on the host.
+    """
     model = build(config, device="meta", dtype=torch.float32)
     parallelise(model, plan, mesh)
-    model.to_empty(device=device)
+    model.to_empty(device="cpu" if plan.streams_layers else device)
     if init is None:
         init_weights(model, seed)
     else:
@@ -51,15 +54,16 @@ def make_model(
     return model
 
 
-def make_optimizer(model: DecoderLM, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
+def make_optimizer(model: DecoderLM, config: OptimConfig, *, on_host: bool = False) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only. `on_host`: torch's fused kernel, which reads memory once."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=on_host or None)
 
 
 class Trainer:
@@ -71,7 +75,8 @@ class Trainer:
         self.world = dist.get_world_size()
         self.mesh = make_mesh(plan.data, plan.context, shard=plan.shard != "none", device_type=device.type)
         self.model = make_model(decoder, plan, self.mesh, device, config.seed, config.init)
-        self.optimizer = make_optimizer(self.model, config.optim)
+        self.stream = stream(self.model, plan, device)
+        self.optimizer = make_optimizer(self.model, config.optim, on_host=self.stream is not None)
         self.prepare = make_prepare(decoder, plan, self.mesh, device)
         self._contexts: dict[tuple[int, int], SequenceContext] = {}
         self._packed: SequenceContext | None = None
@@ -117,14 +122,21 @@ class Trainer:
         nats = 0.0
         for index, (batch, prepared) in enumerate(micros):
             ctx = self.context(batch, prepared)
-            self.model.set_requires_gradient_sync(index == len(micros) - 1)  # type: ignore[attr-defined]
+            if self.stream is None:
+                self.model.set_requires_gradient_sync(index == len(micros) - 1)  # type: ignore[attr-defined]
             tokens, wanted = (ctx.local(x).to(self.device) for x in (batch.tokens, batch.labels))
             loss, _ = self.model.loss(tokens, wanted, ctx)
             # FSDP averages gradients over all ranks; the loss is a sum over them.
             (loss * (self.world / total)).backward()
             nats += float(loss.detach())
+        self.settle()
         (nats,) = reduce_sums([nats])
         return nats / total
+
+    def settle(self) -> None:
+        """Parameters and gradients are those to save, export and update, wherever the plan keeps them."""
+        if self.stream is not None:
+            self.stream.flush()
 
     def step(self, step: int, num_steps: int, micros: list[tuple[Batch, Prepared | None]]) -> dict[str, float]:
         """One optimiser step. Raises NotFiniteError before the update where loss or gradient is not finite."""

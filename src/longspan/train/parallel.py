@@ -1,8 +1,8 @@
-"""A plan applied to a model from outside: sharding and replication through FSDP2, recomputation, precision.
+"""A plan applied to a model from outside: sharding and replication through FSDP2, recomputation, offload, precision.
 
 One path serves all: parameters live on a 2-D mesh (replicate, shard) over data x context. ``shard="none"`` is a mesh
 (world, 1), whose gradients are all-reduced; "zero2" and "zero3" a mesh (1, world), whose gradients are
-reduce-scattered, and "zero3" gathers parameters again in the backward.
+reduce-scattered, and "zero3" gathers parameters again in the backward. A plan that streams layers is on one rank and without FSDP: `stream`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 
 from longspan.layout.mesh import Mesh
 from longspan.model.decoder import DecoderLM
+from longspan.model.layer_stream import LayerStream, stream_layers
+from longspan.model.offload import ActivationOffload
 from longspan.model.recompute import apply_recompute
 from longspan.plan.plan import Plan
 
@@ -35,8 +37,12 @@ def parallelise(model: DecoderLM, plan: Plan, mesh: Mesh) -> None:
     """
     refuse_unsupported(plan)
     if plan.recompute != "none":
-        apply_recompute(model, plan.recompute, keep_ops=(torch.ops.longspan.attention.default,))
+        limit_bytes = plan.offload_gib * 2**30 or None
+        moves = ActivationOffload(limit_bytes=limit_bytes) if plan.moves_activations else None
+        apply_recompute(model, plan.recompute, keep_ops=(torch.ops.longspan.attention.default,), offload=moves)
     model.mlp_tile = plan.mlp_tile or None
+    if plan.streams_layers:
+        return
     policy = MixedPrecisionPolicy()
     if plan.precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -46,3 +52,13 @@ def parallelise(model: DecoderLM, plan: Plan, mesh: Mesh) -> None:
         fully_shard(block, mesh=mesh.parameters, mp_policy=policy, reshard_after_forward=again)
     fully_shard(model, mesh=mesh.parameters, mp_policy=policy, reshard_after_forward=again)
     register_fsdp_forward_method(model, "loss")
+
+
+def stream(model: DecoderLM, plan: Plan, device: torch.device) -> LayerStream | None:
+    """The stream of a plan that offloads layers, of a model that is filled, on the host; None for other plans.
+
+    The host's parameters are the master weights; the device casts what it computes with.
+    """
+    if not plan.streams_layers:
+        return None
+    return stream_layers(model, device, dtype=torch.bfloat16 if plan.precision == "bf16" else None)
