@@ -1,8 +1,8 @@
 """Layer streaming: blocks' parameters live in pinned host memory and visit the device one block ahead of use.
 
 As in ZeRO-Infinity (Rajbhandari et al. 2021, arXiv:2104.07857) and L2L (Pudipeddi et al. 2020, arXiv:2002.05645), on
-one rank. A block's parameters lie in one host buffer, so that an upload is one copy. `BlockStream` brings blocks and takes
-them back, with no autograd; `model.layer_stream` does it by hooks in training, and brings gradients home.
+one rank. A block's parameters lie in one host buffer, so that an upload is one copy. `BlockStream` brings blocks and
+takes them back, with no autograd; `model.layer_stream` does it by hooks in training, and brings gradients home.
 
 Cost a step, with P bytes of block parameters as the host has them: P go up in the forward and, but for the blocks still
 there, again in the backward; the gradients of the trainable ones go down. The device holds `num_buffers` blocks in

@@ -2,7 +2,9 @@
 
 One path serves all: parameters live on a 2-D mesh (replicate, shard) over data x context. ``shard="none"`` is a mesh
 (world, 1), whose gradients are all-reduced; "zero2" and "zero3" a mesh (1, world), whose gradients are
-reduce-scattered, and "zero3" gathers parameters again in the backward. A plan that streams layers is on one rank and without FSDP: `stream`.
+reduce-scattered, and "zero3" gathers parameters again in the backward.
+
+A plan that streams layers is on one rank, without FSDP: `stream`.
 """
 
 from __future__ import annotations
