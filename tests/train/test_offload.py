@@ -19,7 +19,7 @@ from longspan.train.data.batches import Batch
 from longspan.train.loop import Trainer
 from tests.ranks import run_ranks
 
-DECODER = ModelConfig(layers=4, width=32, heads=2).decoder(257, 64)
+DECODER = ModelConfig(layers=3, width=32, heads=2).decoder(257, 64)
 
 
 def trainer_of(plan: Plan) -> Trainer:
@@ -70,8 +70,7 @@ def one_rank(_rank: int, _world: int, folder: Path, plans: list[Plan]) -> Any:
 
 
 def test_steps_checkpoints_and_export(tmp_path: Path) -> None:
-    plans = [Plan(), Plan(offload="activations", recompute="full"), Plan(offload="layers"),
-             Plan(offload="both", recompute="attention")]  # fmt: skip
+    plans = [Plan(offload="activations", recompute="full"), Plan(offload="both", recompute="attention")]
     ((want, runs, same, state),) = run_ranks(one_rank, 1, tmp_path, plans)
     assert same and state == {"cpu"}
     for plan, got in zip(plans, runs, strict=True):
