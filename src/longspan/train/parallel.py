@@ -38,11 +38,7 @@ def parallelise(model: DecoderLM, plan: Plan, mesh: Mesh) -> None:
     Raises ValueError for axes that the trainer cannot run yet.
     """
     refuse_unsupported(plan)
-    if plan.recompute != "none":
-        limit_bytes = plan.offload_gib * 2**30 or None
-        moves = ActivationOffload(limit_bytes=limit_bytes) if plan.moves_activations else None
-        apply_recompute(model, plan.recompute, keep_ops=(torch.ops.longspan.attention.default,), offload=moves)
-    model.mlp_tile = plan.mlp_tile or None
+    apply_saving(model, plan)
     if plan.streams_layers:
         return
     policy = MixedPrecisionPolicy()
@@ -54,6 +50,20 @@ def parallelise(model: DecoderLM, plan: Plan, mesh: Mesh) -> None:
         fully_shard(block, mesh=mesh.parameters, mp_policy=policy, reshard_after_forward=again)
     fully_shard(model, mesh=mesh.parameters, mp_policy=policy, reshard_after_forward=again)
     register_fsdp_forward_method(model, "loss")
+
+
+def apply_saving(model: DecoderLM, plan: Plan, *, min_bytes: int = 2**20) -> None:
+    """Recomputation with the offload of what it keeps, and tiles of the MLPs: what needs no mesh.
+
+    `min_bytes`: smaller activations are not moved.
+    """
+    if plan.recompute != "none":
+        limit_bytes = plan.offload_gib * 2**30 or None
+        moves = None
+        if plan.moves_activations:
+            moves = ActivationOffload(min_bytes=min_bytes, limit_bytes=limit_bytes)
+        apply_recompute(model, plan.recompute, keep_ops=(torch.ops.longspan.attention.default,), offload=moves)
+    model.mlp_tile = plan.mlp_tile or None
 
 
 def stream(model: DecoderLM, plan: Plan, device: torch.device) -> LayerStream | None:
