@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from longspan.model.block_stream import BlockStream
 DEVICE = torch.device("cpu")
 
 
-def make(num: int = 4) -> list[nn.Module]:
+def make(num: int = 4) -> list[Any]:
     torch.manual_seed(0)
     return [nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, 3, bias=False)) for _ in range(num)]
 

@@ -37,7 +37,7 @@ KEEP = (*SDPA_OPS, torch.ops.longspan.attention.default)
 modes = pytest.mark.parametrize("mode", ["full", "attention"])
 
 
-def make(mode: Any = "none", offload: ActivationOffload | None = None, tile: int | None = None):
+def make(mode: Any = "none", offload: ActivationOffload | None = None, tile: int | None = None) -> Any:
     model = build(CONFIG, device="cpu")
     model.mlp_tile = tile
     apply_recompute(model, mode, keep_ops=KEEP, offload=offload)

@@ -44,7 +44,7 @@ def whole(model: DecoderLM) -> dict[str, torch.Tensor]:
 def one_rank(_rank: int, _world: int, folder: Path, plans: list[Plan]) -> Any:
     """The plain run; then, under each plan, two steps, a checkpoint, and the rest under the next plan."""
     want = steps(trainer_of(Plan().fit(1)), 0, 4)
-    runs = []
+    runs, trainer = [], trainer_of(plans[0].fit(1))
     for plan, other in zip(plans, plans[1:] + plans[:1], strict=True):
         store = CheckpointStore(folder / plan.offload)
         trainer = trainer_of(plan.fit(1))
