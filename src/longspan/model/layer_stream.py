@@ -25,7 +25,7 @@ from longspan.model.offload import Pinned
 class _Saved(NamedTuple):
     """A tensor in a block's buffer that autograd wants to keep."""
 
-    index: int
+    block: int
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
@@ -153,13 +153,13 @@ class LayerStream:
         flat = self.blocks.flat_of(index)
         if flat is None or tensor.untyped_storage().data_ptr() != flat.untyped_storage().data_ptr():
             return tensor
-        return _Saved(index, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return _Saved(index, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def _unpack(self, saved: Tensor | _Saved) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
-        self._begin_backward(saved.index)
-        flat = self.blocks.flat_of(saved.index)
+        self._begin_backward(saved.block)
+        flat = self.blocks.flat_of(saved.block)
         assert flat is not None
         return flat.view(saved.dtype).as_strided(saved.shape, saved.stride, saved.offset)
 

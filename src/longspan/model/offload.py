@@ -27,6 +27,10 @@ from torch import Tensor, nn
 NUM_ON_DEVICE = 2  # blocks whose tensors are on the device at a time: the one at work, and the next or the last
 
 
+def _cudart() -> Any:
+    return torch.cuda.cudart()
+
+
 class Pinned:
     """Uninitialised host memory that `device` can copy from and to while it computes; plain memory for a CPU.
 
@@ -42,7 +46,7 @@ class Pinned:
         # A default device that somebody has set must not decide where the host is.
         self.bytes = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
         if device.type == "cuda" and num_bytes:
-            code = int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), num_bytes, 0))
+            code = int(_cudart().cudaHostRegister(self.bytes.data_ptr(), num_bytes, 0))
             if code:
                 raise MemoryError(
                     f"the host must have room to pin {num_bytes} bytes, got CUDA error {code}; move less to the host"
@@ -53,7 +57,7 @@ class Pinned:
         if self._is_pinned and not sys.is_finalizing():
             # A copy may be under way. Buffers are used again, so that this is rare: nobody minds the wait.
             torch.cuda.synchronize(self._device)
-            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
+            _cudart().cudaHostUnregister(self.bytes.data_ptr())
 
 
 class Lane:
