@@ -13,9 +13,19 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from longspan.mixers.config import AttentionConfig, RotaryConfig
 from longspan.model.config import DecoderConfig, LearnedPositionsConfig, MlpConfig, MoeConfig, NormConfig
-from longspan.model.cost import activation_bytes, block_bytes, flops, parameters, peak_bytes
+from longspan.model.cost import (
+    activation_bytes,
+    block_bytes,
+    flops,
+    moved_bytes,
+    parameters,
+    peak_bytes,
+    streamed_bytes,
+)
 from longspan.model.decoder import build
+from longspan.model.layer_stream import stream_layers
 from longspan.model.local import LocalContext
+from longspan.model.offload import ActivationOffload, Pinned
 from longspan.model.recompute import apply_recompute
 
 CONFIGS = {
@@ -212,6 +222,77 @@ def test_peak_equals_the_measured_one(config, recompute, dtype, b, n):
     assert predicted == pytest.approx(peak.most_bytes, rel=0.1)
 
 
+def deep(config):
+    """With blocks enough for some to move."""
+    return dataclasses.replace(config, num_layers=5)
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """Storages of the host, which are not the device's, though here both are this machine's memory."""
+    found: set[int] = set()
+    make = Pinned.__init__
+
+    def counted(self, *args):
+        make(self, *args)
+        found.add(self.bytes.untyped_storage()._cdata)
+
+    monkeypatch.setattr(Pinned, "__init__", counted)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("recompute", MODES[1:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moved_bytes_are_the_hosts_and_no_longer_the_devices(name, recompute, dtype, host):
+    config, b, n = deep(CONFIGS[name]), 3, 31
+    model = build(config, device="cpu", dtype=dtype)
+    offload = ActivationOffload(min_bytes=0)
+    apply_recompute(model, recompute, offload=offload)
+    ids, labels = batch_of(config, b, n)
+    own, ctx = [*model.parameters(), ids, labels], LocalContext(n)
+    model(ids)
+    moved = moved_bytes(config, b, n, dtype, recompute)
+    with Peak() as peak:
+        host |= {x.untyped_storage()._cdata for x in (*own, ctx.positions)}
+        peak.own = host  # grows with the pool
+        total, num_tokens = model.loss(ids, labels, ctx)
+        skipped = {x.untyped_storage()._cdata for x in (total, num_tokens)}
+        measured = sum(size for key, (ref, size) in peak.seen.items() if key not in skipped and not ref.expired())
+        assert offload.pool is not None and offload.pool.used_bytes == moved
+        total.backward()
+    kept = sum(activation_bytes(config, b, n, dtype, recompute).values())
+    narrow = config.norm.kind == "layer" and dtype == torch.bfloat16
+    assert kept - moved - measured == (2 * 2 * b * n * num_norms_kept(config, recompute) if narrow else 0)
+    predicted = peak_bytes(config, b, n, dtype, recompute, device_type="cpu", moves=True)
+    assert predicted == pytest.approx(peak.most_bytes, rel=0.1)
+
+
+@each_config
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_bytes_equal_the_buffers(config, dtype):
+    model = build(config, device="cpu")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    stream = stream_layers(model, "cpu", dtype=dtype)
+    ids, labels = batch_of(config, 2, 13)
+    model.loss(ids, labels)[0].backward()
+    stream.flush()
+    optimizer.step()
+    want = streamed_bytes(config, dtype, torch.float32)
+    staging = stream.blocks._staging
+    blocks = sum(slot.flat.numel() for slot in stream.blocks._slots) + (0 if staging is None else staging.numel())
+    assert stream._outer_flat is not None
+    num_parameters = len(list(model.parameters()))
+    moments = [x for state in optimizer.state.values() for x in state.values() if x.ndim]
+    for predicted, measured in (
+        (want["blocks"], blocks),
+        (want["outside"], stream._outer_flat.numel()),
+        (want["parameters"] + want["gradients"], stream.host_bytes),
+        (want["optimizer"], sum(x.numel() * x.itemsize for x in moments)),
+    ):
+        assert 0 <= measured - predicted <= 3 * 256 * num_parameters
+
+
 def test_recomputation_saves_what_it_promises():
     config = CONFIGS["llama"]
     none, full, attention = (activation_bytes(config, 2, 1000, torch.bfloat16, mode) for mode in MODES)
@@ -228,6 +309,8 @@ def test_wrong_arguments_are_refused():
         flops(config, -5, 1, backward=False)
     with pytest.raises(ValueError, match="recompute must be one of"):
         flops(config, 5, 1, backward=True, recompute="some")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r'activations move with recompute "full" or "attention", got "none"'):
+        moved_bytes(config, 1, 5, torch.float32, "none")
     with pytest.raises(ValueError, match="positive, got 0 and 5"):
         activation_bytes(config, 0, 5, torch.float32, "none")
     with pytest.raises(ValueError, match="chunk_tokens"):

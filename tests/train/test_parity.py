@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,12 +17,13 @@ from longspan.layout.weights import whole
 from longspan.mixers.config import AttentionConfig
 from longspan.model.config import DecoderConfig, MlpConfig
 from longspan.model.decoder import build
+from longspan.model.offload import ActivationOffload
 from longspan.plan.plan import Plan
 from longspan.train.data.batches import NO_LABEL, Batch
 from tests.ranks import run_ranks
 
 CONFIG = DecoderConfig(
-    num_layers=2,
+    num_layers=3,
     hidden_size=24,
     vocab_size=61,
     attention=AttentionConfig(num_heads=4, head_dim=6, num_kv_heads=2, qk_norm_eps=1e-6),
@@ -93,7 +95,8 @@ def one_rank(
     from longspan.train.config import TrainConfig
     from longspan.train.loop import Trainer
 
-    trainer = Trainer(TrainConfig(out=Path("unused"), seed=3), config, plan, torch.device("cpu"))
+    with mock.patch.dict(ActivationOffload.__init__.__kwdefaults__, min_bytes=0):
+        trainer = Trainer(TrainConfig(out=Path("unused"), seed=3), config, plan, torch.device("cpu"))
     batches = micros(plan, rank, num_micro, documents)
     if built:  # as the data worker does it
         batches = [(batch, trainer.prepare(batch)) for batch, _ in batches]
@@ -145,6 +148,10 @@ PLANS = [
     (3, Plan(data=3, shard="zero2", recompute="full")),
     (4, Plan(data=2, context=2, shard="zero3", recompute="attention", mlp_tile=8)),
     (4, Plan(data=1, context=4, layout="striped")),
+    (1, Plan(offload="layers")),
+    (1, Plan(offload="both", recompute="attention")),
+    (2, Plan(data=2, shard="zero3", recompute="full", offload="activations")),
+    (2, Plan(context=2, shard="zero2", recompute="attention", offload="activations")),
 ]
 
 
@@ -158,6 +165,10 @@ def test_packed_documents_and_micro_batches(built: bool) -> None:
     assert_parity(Plan(data=1, context=2, shard="zero2"), 2, num_micro=3, documents=True, built=built)
 
 
+def test_streamed_layers_add_up_micro_batches() -> None:
+    assert_parity(Plan(offload="both", recompute="full"), 1, num_micro=3, documents=True)
+
+
 def test_packed_documents_over_data_and_context() -> None:
     assert_parity(Plan(data=2, context=2, shard="zero3"), 4, num_micro=3, documents=True)
 
@@ -166,7 +177,7 @@ def test_windows_untied_head_and_learned_positions() -> None:
     from longspan.model.config import LearnedPositionsConfig
 
     config = replace(
-        CONFIG, windows=(9, None), tie_embeddings=False, positions=LearnedPositionsConfig(max_positions=64)
+        CONFIG, windows=(9, None, 9), tie_embeddings=False, positions=LearnedPositionsConfig(max_positions=64)
     )
     assert_parity(Plan(context=2), 2, config=config)
 

@@ -17,6 +17,7 @@ import torch
 
 from longspan.mixers.flops import attend_flops, num_parameters, projection_flops
 from longspan.model.config import DecoderConfig, LearnedPositionsConfig
+from longspan.model.offload import NUM_ON_DEVICE
 from longspan.model.recompute import Recompute, check_recompute
 
 
@@ -159,6 +160,7 @@ def peak_bytes(
     *,
     chunk_tokens: int = 1024,
     device_type: str = "cuda",
+    moves: bool = False,
 ) -> int:
     """The most bytes alive in a forward of `DecoderLM.loss` and its backward, gradients included, parameters left out.
 
@@ -170,9 +172,11 @@ def peak_bytes(
         batch, local_tokens, dtype, recompute: as for `activation_bytes`.
         chunk_tokens: rows of logits that the loss holds at a time.
         device_type: a CPU holds fp32 copies of a half-precision head in the loss.
+        moves: what blocks keep goes to the host (`model.offload`); the bytes are the device's then.
 
     Raises:
-        ValueError: as `activation_bytes`, chunk_tokens below 1, or a mixture of experts, which is not counted yet.
+        ValueError: as `activation_bytes` and `moved_bytes`, chunk_tokens below 1, or a mixture of experts, which is not
+            counted yet.
     """
     if config.moe is not None:
         raise ValueError(
@@ -186,7 +190,8 @@ def peak_bytes(
     states = num_tokens * config.hidden_size * item
     head, chunk = config.vocab_size * config.hidden_size, min(chunk_tokens, num_tokens)
 
-    loss = sum(kept.values()) + states + chunk * config.vocab_size * wide + head * wide
+    there = sum(kept.values()) - (moved_bytes(config, batch, local_tokens, dtype, recompute) if moves else 0)
+    loss = there + states + chunk * config.vocab_size * wide + head * wide
     if item != wide:
         raised = (head + chunk * config.hidden_size) * wide
         loss += raised if device_type == "cpu" else chunk * config.vocab_size * item
@@ -207,11 +212,63 @@ def peak_bytes(
         # The block's input is kept beside the wide copy of it that its norm keeps.
         working += states
     below = sum(kept[part] for part in ("norm", "attention", "mlp", "checkpoint")) // config.num_layers
-    backward = above + working + (config.num_layers - 1) * max(below, a_block)
+    others = config.num_layers - 1
+    beside = others * max(below, a_block)
+    if moves and others:
+        # What one other block keeps, there or on its way back, and the gradients of those that are done.
+        beside = max((others - 1) * a_block + below, others * a_block)
+    backward = above + working + beside
 
     # Where the head is tied, its gradient, the embedding's and their sum meet.
     end = sum(count.values()) * item + states + (2 * head * item if config.tie_embeddings else 0)
     return max(loss, backward, end)
+
+
+def moved_bytes(config: DecoderConfig, batch: int, local_tokens: int, dtype: torch.dtype, recompute: Recompute) -> int:
+    """Bytes that `model.offload` takes to the host and back in a step: what recomputation keeps of all blocks but two.
+
+    The host holds as many; the device has what is left of `activation_bytes`.
+
+    Raises:
+        ValueError: as `activation_bytes`, or recompute "none", with which nothing is moved.
+    """
+    if recompute == "none":
+        raise ValueError('activations move with recompute "full" or "attention", got "none"; choose one of these')
+    kept = activation_bytes(config, batch, local_tokens, dtype, recompute)
+    a_block = (kept["checkpoint"] + kept["attention"]) // config.num_layers
+    return max(0, config.num_layers - NUM_ON_DEVICE) * a_block
+
+
+def streamed_bytes(
+    config: DecoderConfig, dtype: torch.dtype, host_dtype: torch.dtype, *, num_buffers: int = 2
+) -> dict[str, int]:
+    """Bytes of a model whose layers are streamed (`model.layer_stream`), all of it trained by AdamW.
+
+    Each parameter's start is aligned, which adds under 256 bytes apiece that are not counted here.
+
+    Args:
+        dtype: of parameters on the device.
+        host_dtype: of the host's parameters, gradients and both AdamW moments.
+        num_buffers: blocks on the device at a time.
+
+    Returns:
+        On the device: "blocks" (the buffers, and where dtypes differ the staging one), "outside" (embedding, last norm
+        and head, which stay); `peak_bytes` comes on top, too high by the gradients of the blocks that have left. On the
+        host: "parameters", "gradients", "optimizer".
+    """
+    count = parameters(config)
+    last_norm = config.hidden_size * (2 if config.norm.kind == "layer" else 1)
+    outside = count["embedding"] + count["head"] + last_norm
+    a_block = (sum(count.values()) - outside) // config.num_layers
+    staging = a_block * host_dtype.itemsize if host_dtype != dtype else 0
+    at_home = sum(count.values()) * host_dtype.itemsize
+    return {
+        "blocks": min(num_buffers, config.num_layers) * a_block * dtype.itemsize + staging,
+        "outside": outside * dtype.itemsize,
+        "parameters": at_home,
+        "gradients": at_home,
+        "optimizer": 2 * at_home,
+    }
 
 
 def block_bytes(

@@ -8,19 +8,23 @@ its second run would repeat the communication. The paper moves the checkpoint bo
 there; here a selective policy marks the operators whose outputs are kept and everything else is recomputed, with the
 same effect.
 
-Per block, with x = b·l·dim elements: "full" keeps x, "attention" keeps x, b·l·h·d of output and b·h·l of lse.
+Per block, with x = b·l·dim elements: "full" keeps x, "attention" keeps x, b·l·h·d of output and b·h·l of lse. With
+`offload`, these go to host memory: see `model.offload`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+
+from longspan.model.offload import NUM_ON_DEVICE, ActivationOffload, Group
 
 Recompute = Literal["none", "full", "attention"]
 
@@ -33,7 +37,13 @@ SDPA_OPS: tuple[OpOverload, ...] = (
 )
 
 
-def apply_recompute(model: nn.Module, mode: Recompute, *, keep_ops: Sequence[OpOverload] = SDPA_OPS) -> None:
+def apply_recompute(
+    model: nn.Module,
+    mode: Recompute,
+    *,
+    keep_ops: Sequence[OpOverload] = SDPA_OPS,
+    offload: ActivationOffload | None = None,
+) -> None:
     """Sets how the blocks of `model` (its `blocks`) are recomputed in the backward; calling again replaces the mode.
 
     Parameter names and modules stay as they are: only each block's `forward` is wrapped, inside any hook on the block,
@@ -43,10 +53,12 @@ def apply_recompute(model: nn.Module, mode: Recompute, *, keep_ops: Sequence[OpO
         model: has `blocks`, the modules to recompute.
         mode: "none", "full" or "attention".
         keep_ops: for "attention", the operators whose outputs are kept.
+        offload: moves what is kept to host memory. Not for torch.compile.
 
     Raises:
-        ValueError: an unknown mode, a model without blocks, or "attention" with no operator to keep; and, in the
-            forward, a block that ran none of `keep_ops`, whose attention would silently be computed twice.
+        ValueError: an unknown mode, a model without blocks, "attention" with no operator to keep, or offload with
+            "none", which keeps every activation; and, in the forward, a block that ran none of `keep_ops`, whose
+            attention would silently be computed twice.
     """
     check_recompute(mode)
     blocks = getattr(model, "blocks", None)
@@ -54,9 +66,16 @@ def apply_recompute(model: nn.Module, mode: Recompute, *, keep_ops: Sequence[OpO
         raise ValueError(f"recompute needs a model with blocks, got {type(model).__name__}; pass the decoder itself")
     if mode == "attention" and not keep_ops:
         raise ValueError('recompute "attention" needs operators to keep, got none; pass keep_ops or use "full"')
-    for block in blocks.values() if isinstance(blocks, nn.ModuleDict) else blocks:
+    if mode == "none" and offload is not None:
+        raise ValueError('offload needs recompute "full" or "attention", got "none", which keeps every activation')
+    found = list(blocks.values() if isinstance(blocks, nn.ModuleDict) else blocks)
+    for index, block in enumerate(found):
         _unwrap(block)
-        if mode == "full":
+        if offload is not None:
+            stays = index >= len(found) - NUM_ON_DEVICE
+            kept = tuple(keep_ops) if mode == "attention" else ()
+            block.forward = partial(_checkpoint_moving, block.forward, kept, offload, stays)
+        elif mode == "full":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         elif mode == "attention":
             block.forward = partial(_checkpoint_keeping, block.forward, tuple(keep_ops))
@@ -70,7 +89,7 @@ def check_recompute(mode: str) -> None:
 
 def _unwrap(block: nn.Module) -> None:
     wrapped = block.__dict__.get("forward")
-    if isinstance(wrapped, partial) and wrapped.func in (checkpoint, _checkpoint_keeping):
+    if isinstance(wrapped, partial) and wrapped.func in (checkpoint, _checkpoint_keeping, _checkpoint_moving):
         inner = wrapped.args[0]
         del block.forward
         # A forward that somebody else had set on the instance stays theirs.
@@ -86,11 +105,15 @@ def _checkpoint_keeping(
     out = checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
     # Without gradients the policy is never asked; a compiler asks it later.
     if not seen and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        names = ", ".join(str(op) for op in keep_ops)
-        raise ValueError(
-            f'recompute "attention" kept nothing: the block ran none of {names}; pass its operator in keep_ops'
-        )
+        _refuse_keeping_nothing(keep_ops)
     return out
+
+
+def _refuse_keeping_nothing(keep_ops: tuple[OpOverload, ...]) -> NoReturn:
+    names = ", ".join(str(op) for op in keep_ops)
+    raise ValueError(
+        f'recompute "attention" kept nothing: the block ran none of {names}; pass its operator in keep_ops'
+    )
 
 
 def _keeping(keep_ops: tuple[OpOverload, ...], seen: list[OpOverload]) -> Any:
@@ -103,3 +126,64 @@ def _keeping(keep_ops: tuple[OpOverload, ...], seen: list[OpOverload]) -> Any:
         return CheckpointPolicy.MUST_SAVE
 
     return create_selective_checkpoint_contexts(policy)
+
+
+def _checkpoint_moving(
+    forward: Callable[..., Any],
+    keep_ops: tuple[OpOverload, ...],
+    offload: ActivationOffload,
+    stays: bool,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    group = offload.begin(stays=stays)
+    keep = _Keep(group, keep_ops)
+    contexts = (lambda: (keep, _Reuse(keep))) if keep_ops else noop_context_fn
+    with group.hooks():
+        out = checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+    offload.end(group)
+    if keep_ops and not keep.outputs:
+        _refuse_keeping_nothing(keep_ops)
+    return out
+
+
+class _Keep(TorchDispatchMode):
+    """Torch's selective checkpoint keeps outputs past the hooks of saved tensors: this one keeps them by a group."""
+
+    def __init__(self, group: Group, keep_ops: tuple[OpOverload, ...]) -> None:
+        super().__init__()
+        self.group, self.keep_ops, self.outputs = group, keep_ops, list[Any]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in self.keep_ops:
+            kept = [self.group.keep(x.detach()) if isinstance(x, Tensor) else x for x in _as_tuple(out)]
+            self.outputs.append((isinstance(out, Tensor), kept))
+        return out
+
+
+class _Reuse(TorchDispatchMode):
+    """The recomputation: an operator whose outputs were kept is not run, each once and in order."""
+
+    def __init__(self, keep: _Keep) -> None:
+        super().__init__()
+        self.keep, self.next = keep, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in self.keep.keep_ops:
+            return func(*args, **(kwargs or {}))
+        if self.next == len(self.keep.outputs):
+            raise RuntimeError(
+                "a block's kept attention is gone after one backward; drop retain_graph=True, or use recompute full"
+            )
+        single, kept = self.keep.outputs[self.next]
+        self.keep.outputs[self.next] = None  # the last that holds it
+        self.next += 1
+        out = tuple(self.keep.group.get(x) if isinstance(x, tuple) else x for x in kept)
+        return out[0] if single else out
+
+
+def _as_tuple(out: Any) -> tuple[Any, ...]:
+    return (out,) if isinstance(out, Tensor) else tuple(out)

@@ -20,6 +20,7 @@ Recompute = Literal["none", "full", "attention"]
 Precision = Literal["auto", "fp32", "bf16"]
 PipelineSchedule = Literal["gpipe", "1f1b", "interleaved", "looped_bfs", "zero_bubble", "zbv", "dualpipev"]
 SEVERAL_STAGES = ("interleaved", "looped_bfs", "zero_bubble", "zbv", "dualpipev")
+Offload = Literal["none", "activations", "layers", "both"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +48,9 @@ class Plan:
         precision: of the computation; "auto" is bf16 on CUDA and fp32 elsewhere. Master weights and optimiser state are
             fp32.
         mlp_tile: tokens that an MLP mixes at a time; 0 for all.
+        offload: what is in host memory: "activations" (what ``recompute`` keeps of each block), "layers" (parameters of
+            blocks but for those at work, gradients, optimiser state; one rank), or "both".
+        offload_gib: most host memory for activations, in GiB; 0 for no limit. What finds no room stays on the device.
     """
 
     data: int = 1
@@ -63,12 +67,14 @@ class Plan:
     layout: str = "auto"
     precision: Precision = "auto"
     mlp_tile: int = 0
+    offload: Offload = "none"
+    offload_gib: int = 0
 
     def __post_init__(self) -> None:
         for name in ("data", "tensor", "pipeline", "expert", "replicas"):
             if getattr(self, name) < 1:
                 raise ValueError(f"a plan's {name} must be at least 1, got {getattr(self, name)}; leave it out for 1")
-        for name in ("context", "mlp_tile", "stages"):
+        for name in ("context", "mlp_tile", "stages", "offload_gib"):
             if getattr(self, name) < 0:
                 raise ValueError(f"a plan's {name} must be 0 or more, got {getattr(self, name)}; leave it out")
         choices = {
@@ -76,12 +82,22 @@ class Plan:
             "recompute": Recompute,
             "precision": Precision,
             "pipeline_schedule": PipelineSchedule,
+            "offload": Offload,
         }
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(
                     f"a plan's {name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}"
                 )
+        self._check_sharding()
+        self._check_stages()
+        self._check_offload()
+        if self.method != "auto":
+            check_name(self.method)
+        if self.layout != "auto":
+            check_layout_name(self.layout)
+
+    def _check_sharding(self) -> None:
         if self.replicas > 1 and self.shard == "none":
             raise ValueError(
                 f"replicas are copies of sharded weights, got {self.replicas} with shard none; set shard to zero2 or "
@@ -91,11 +107,28 @@ class Plan:
             raise ValueError(
                 f"a plan's replicas must divide data, got {self.replicas} for data {self.data}; change one"
             )
-        self._check_stages()
-        if self.method != "auto":
-            check_name(self.method)
-        if self.layout != "auto":
-            check_layout_name(self.layout)
+
+    def _check_offload(self) -> None:
+        if self.moves_activations and self.recompute == "none":
+            raise ValueError(
+                f"a plan that offloads activations keeps few of them, got offload {self.offload!r} with recompute "
+                "'none'; set recompute to full or attention"
+            )
+        if self.moves_activations and self.pipeline > 1:
+            raise ValueError(
+                f"activations are offloaded of one micro-batch at a time, got offload {self.offload!r} with pipeline "
+                f"{self.pipeline}; leave one of the two out"
+            )
+        if self.streams_layers and self.shard != "none":
+            raise ValueError(
+                f"a plan that offloads layers runs on one rank, got offload {self.offload!r} with shard "
+                f"{self.shard!r}; set shard to none"
+            )
+        if self.offload_gib and not self.moves_activations:
+            raise ValueError(
+                f"a plan's offload_gib is for activations, got {self.offload_gib} with offload {self.offload!r}; leave "
+                "it out, or set offload to activations or both"
+            )
 
     def _check_stages(self) -> None:
         schedule, several = self.pipeline_schedule, self.pipeline_schedule in SEVERAL_STAGES
@@ -139,7 +172,20 @@ class Plan:
             )
         if self.method != "auto":
             builder(self.method, context)  # refuses a degree that does not divide the ranks
+        if self.streams_layers and world > 1:
+            raise ValueError(
+                f"a plan that offloads layers runs on one rank, got offload {self.offload!r} for {world} ranks; set "
+                "offload to activations, or start 1 rank"
+            )
         return dataclasses.replace(self, context=context)
+
+    @property
+    def moves_activations(self) -> bool:
+        return self.offload in ("activations", "both")
+
+    @property
+    def streams_layers(self) -> bool:
+        return self.offload in ("layers", "both")
 
     def on(self, device_type: str) -> Plan:
         """The plan with ``precision`` resolved for a kind of device."""

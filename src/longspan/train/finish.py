@@ -59,6 +59,7 @@ def finish(setting: Setting, trainer: Trainer, outcome: Outcome) -> Path | None:
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
     if not setting.not_exported:
+        trainer.settle()
         try:
             if config.lora.rank:
                 save_adapter(trainer.model, folder, config.lora, base=str(config.init))

@@ -36,7 +36,7 @@ from longspan.plan.plan import Plan
 from longspan.train.config import OptimConfig, TrainConfig
 from longspan.train.data.batches import Batch
 from longspan.train.evaluate import make_context, reduce_sums
-from longspan.train.parallel import check_plan, expert_split, parallelise, tensor_split
+from longspan.train.parallel import check_plan, expert_split, parallelise, stream, tensor_split
 from longspan.train.pipeline import Micro, Pipeline, Stage, ranks_of_stages, stage_layers
 from longspan.train.prepare import Prepared, make_prepare
 
@@ -58,7 +58,7 @@ def make_model(
     decoder: DecoderConfig, config: TrainConfig, plan: Plan, mesh: Mesh, device: torch.device
 ) -> tuple[DecoderLM, Pipeline | None]:
     """This rank's part of a model, made on the meta device and split by the plan, of which each rank fills only its own
-    part; and its pipeline, where there is one."""
+    part; and its pipeline, where there is one. One whose layers are streamed is filled on the host."""
     ranks, layers = ranks_of_stages(plan), stage_layers(decoder.num_layers, plan)
     mine = [index for index, rank in enumerate(ranks) if rank == mesh.pipeline.rank]
     part = ModelPart(
@@ -69,11 +69,10 @@ def make_model(
         experts=expert_split(mesh),
     )
     model = outline(decoder, config, part)
-    model.mlp_tile = plan.mlp_tile or None
     stages = [] if plan.pipeline == 1 else [Stage(model, index, layers[index]) for index in mine]
     for root in stages or [model]:
         parallelise(root, plan, mesh)
-        root.to_empty(device=device)
+        root.to_empty(device="cpu" if plan.streams_layers else device)
     if config.init is None:
         init_weights(model, config.seed)
     else:
@@ -82,8 +81,9 @@ def make_model(
     return model, Pipeline(stages, plan, mesh.pipeline, device) if stages else None
 
 
-def make_optimizer(model: DecoderLM, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over what is trained, with weight decay on matrices only."""
+def make_optimizer(model: DecoderLM, config: OptimConfig, *, on_host: bool = False) -> torch.optim.AdamW:
+    """AdamW over what is trained, with weight decay on matrices only. `on_host`: torch's fused kernel, which reads memory
+    once."""
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim > 1]
     others = [p for p in trained if p.ndim <= 1]
@@ -91,7 +91,8 @@ def make_optimizer(model: DecoderLM, config: OptimConfig) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=on_host or None)
 
 
 class Trainer:
@@ -112,7 +113,8 @@ class Trainer:
             device_type=device.type,
         )
         self.model, self.pipeline = make_model(decoder, config, plan, self.mesh, device)
-        self.optimizer = make_optimizer(self.model, config.optim)
+        self.stream = stream(self.model, plan, device)
+        self.optimizer = make_optimizer(self.model, config.optim, on_host=self.stream is not None)
         self.prepare = make_prepare(decoder, plan, self.mesh, device)
         self._contexts: dict[tuple[int, int], SequenceContext] = {}
         self._packed: dict[int, SequenceContext] = {}
@@ -179,11 +181,13 @@ class Trainer:
             nats, aux_nats = self.pipeline.step(ready, scale)
         else:
             for index, given in enumerate(micros):
-                self.model.set_requires_gradient_sync(index == len(micros) - 1)  # type: ignore[attr-defined]
+                if self.stream is None:
+                    self.model.set_requires_gradient_sync(index == len(micros) - 1)  # type: ignore[attr-defined]
                 loss, _, aux = self.model.losses(*self._micro(*given))
                 ((loss if aux is None else loss + aux) * scale).backward()
                 nats += float(loss.detach())
                 aux_nats += 0.0 if aux is None else float(aux.detach())
+        self.settle()
         self._sum_shared()
         nats, aux_nats = reduce_sums([nats / mesh.tensor.size, aux_nats])
         moe = self.model.config.moe
@@ -215,9 +219,14 @@ class Trainer:
             copies.append(sharers.size(0) * (1 if name in split else mesh.tensor.size) * (2 if twice else 1))
             locals_.append(parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad)
         norms = torch.stack([torch.linalg.vector_norm(grad) for grad in locals_])
-        total = (norms.square() / torch.tensor(copies, device=norms.device)).sum()
+        total = (norms.square() / torch.tensor(copies, device=norms.device)).sum().to(self.device)
         dist.all_reduce(total)
-        return total.sqrt()
+        return total.sqrt().to(norms.device)
+
+    def settle(self) -> None:
+        """Parameters and gradients are those to save, export and update, wherever the plan keeps them."""
+        if self.stream is not None:
+            self.stream.flush()
 
     def step(self, step: int, num_steps: int, micros: list[tuple[Batch, Prepared | None]]) -> dict[str, float]:
         """One optimiser step. Raises NotFiniteError before the update where loss or gradient is not finite."""

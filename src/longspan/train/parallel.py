@@ -1,9 +1,11 @@
-"""A plan applied to a model from outside: sharding and replication through FSDP2, recomputation, precision.
+"""A plan applied to a model from outside: sharding and replication through FSDP2, recomputation, offload, precision.
 
 One path serves all: parameters live on a 2-D mesh (replicate, shard) over the ranks that share them. ``shard="none"``
 is a mesh (n, 1), whose gradients are all-reduced; "zero2" and "zero3" a mesh (copies, n / copies), whose gradients are
 reduce-scattered, and "zero3" gathers parameters again in the backward. Tensor and pipeline ranks hold parts of the
 model (``longspan.model.part``), each of which is treated so.
+
+A plan that streams layers is on one rank, without FSDP: `stream`.
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ from longspan.layout.mesh import Mesh
 from longspan.layout.tensor_parallel import TensorSplit
 from longspan.model.config import DecoderConfig
 from longspan.model.decoder import DecoderLM
-from longspan.model.moe import Experts
+from longspan.model.layer_stream import LayerStream, stream_layers
+from longspan.model.moe import Experts, Moe
+from longspan.model.offload import ActivationOffload
 from longspan.model.part import Layers
+from longspan.model.parts import Mlp
 from longspan.model.recompute import apply_recompute
 from longspan.plan.plan import Plan
 
@@ -76,8 +81,9 @@ def check_plan(plan: Plan, config: DecoderConfig, partly_trained: bool = False) 
 def parallelise(root: nn.Module, plan: Plan, mesh: Mesh) -> None:
     """Recompute, shard and set precision in place. ``root`` has ``blocks``: the model, which may be on the meta device,
     or a pipeline stage that runs a part of one."""
-    if plan.recompute != "none":
-        apply_recompute(root, plan.recompute, keep_ops=(torch.ops.longspan.attention.default,))
+    apply_saving(root, plan)
+    if plan.streams_layers:
+        return
     policy = MixedPrecisionPolicy()
     if plan.precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -95,3 +101,28 @@ def parallelise(root: nn.Module, plan: Plan, mesh: Mesh) -> None:
     if isinstance(root, DecoderLM):
         for name in ("loss", "losses"):
             register_fsdp_forward_method(root, name)
+
+
+def apply_saving(root: nn.Module, plan: Plan, *, min_bytes: int = 2**20) -> None:
+    """Recomputation with the offload of what it keeps, and tiles of the MLPs: what needs no mesh.
+
+    `min_bytes`: smaller activations are not moved.
+    """
+    if plan.recompute != "none":
+        limit_bytes = plan.offload_gib * 2**30 or None
+        moves = None
+        if plan.moves_activations:
+            moves = ActivationOffload(min_bytes=min_bytes, limit_bytes=limit_bytes)
+        apply_recompute(root, plan.recompute, keep_ops=(torch.ops.longspan.attention.default,), offload=moves)
+    for mixer in (module for module in root.modules() if isinstance(module, Mlp | Moe)):
+        mixer.tile = plan.mlp_tile or None
+
+
+def stream(model: DecoderLM, plan: Plan, device: torch.device) -> LayerStream | None:
+    """The stream of a plan that offloads layers, of a model that is filled, on the host; None for other plans.
+
+    The host's parameters are the master weights; the device casts what it computes with.
+    """
+    if not plan.streams_layers:
+        return None
+    return stream_layers(model, device, dtype=torch.bfloat16 if plan.precision == "bf16" else None)

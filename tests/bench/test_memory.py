@@ -1,0 +1,55 @@
+"""The benchmark of memory at toy size: the gate, cells in processes of their own, the table of the record."""
+
+from __future__ import annotations
+
+import json
+from unittest import mock
+
+import pytest
+import torch
+
+from longspan.bench import memory
+from longspan.bench.memory import TECHNIQUES, Cell, Technique, gate, main, table
+
+DEVICE = torch.device("cpu")
+
+
+def cell(technique: Technique) -> Cell:
+    return Cell(technique=technique, length=64, layers=4, width=32, heads=2, steps=1)
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES, ids=lambda t: t.name)
+def test_every_technique_passes_the_gate(technique: Technique) -> None:
+    assert gate(cell(technique), DEVICE, torch.float32) <= 1e-5
+
+
+def test_the_gate_bites() -> None:
+    step = memory._step
+
+    def spoilt(model, streamed, *rest):
+        with torch.no_grad():
+            if streamed is not None:
+                model.blocks[1].mlp.up.weight.mul_(1.01)
+        return step(model, streamed, *rest)
+
+    with mock.patch.object(memory, "_step", spoilt), pytest.raises(ValueError, match="layers must equal the plain run"):
+        memory.measure(cell(Technique(name="layers", offload="layers")))
+
+
+def test_cells_run_on_their_own_and_the_table_is_the_records(tmp_path, capsys) -> None:
+    options = ["--layers", "3", "--width", "32", "--heads", "2", "--steps", "1", "--out", str(tmp_path)]
+    assert main(["--lengths", "64", "--techniques", "all", *options]) == 0
+    record = json.loads((tmp_path / "memory.json").read_text())
+    assert [row["status"] for row in record["rows"]] == ["ok"] and record["suite"] == "memory"
+    assert (tmp_path / "memory.md").read_text() == table(record)
+    assert "all" in capsys.readouterr().out
+
+
+def test_a_cell_out_of_memory_is_a_row(tmp_path) -> None:
+    def short(*_args, **_kwargs):
+        return mock.Mock(returncode=3, stdout="", stderr="CUDA out of memory")
+
+    with mock.patch.object(memory.subprocess, "run", short):
+        path = memory.run([cell(TECHNIQUES[0])], tmp_path)
+    record = json.loads(path.read_text())
+    assert record["rows"][0]["status"] == "out of memory" and "| 64 | plain | out of memory |" in table(record)
