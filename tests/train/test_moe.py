@@ -58,7 +58,7 @@ def test_loss_and_every_gradient_equal_one_process(world: int, plan: Plan, balan
 
 
 def of_micros(config: DecoderConfig, plan: Plan, num_micro: int) -> tuple[float, dict[str, torch.Tensor]]:
-    """As ``reference``, micro-batch by micro-batch, each the union of those of all ranks: it has a balance of its own."""
+    """As ``reference``, but for each micro-batch, the union of those of all ranks: it has a balance of its own."""
     model, (tokens, labels) = build(config, device="cpu", seed=3), rows(False)
     runs = torch.arange(len(tokens)).view(plan.row_ranks, num_micro, -1)
     nats = 0.0
@@ -83,7 +83,9 @@ AXES = [
 ]
 
 
-@pytest.mark.parametrize(("world", "plan", "num_micro"), AXES, ids=lambda x: named(x) if isinstance(x, Plan) else str(x))
+@pytest.mark.parametrize(
+    ("world", "plan", "num_micro"), AXES, ids=lambda x: named(x) if isinstance(x, Plan) else str(x)
+)
 def test_experts_over_all_axes(world: int, plan: Plan, num_micro: int) -> None:
     results = run_ranks(one_rank, world, plan.fit(world), SPARSE, num_micro, False, False)
     compare(results, *of_micros(SPARSE, plan, num_micro))

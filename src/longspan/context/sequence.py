@@ -145,9 +145,15 @@ class SequenceContext:
     def handle(
         self, num_heads: int, num_kv_heads: int, window: int | None, scale: float | None, softcap: float | None
     ) -> int:
-        """The handle of one kind of attention layer; made on first use. Collective then."""
+        """The handle of one kind of attention layer; made on first use, which must not be in compiled code. Collective
+        then."""
         key = (num_heads, num_kv_heads, window, scale, softcap)
         if key not in self._handles:
+            if torch.compiler.is_compiling():
+                raise ValueError(
+                    f"compiled code attends with handles made before, got none for {key}; call the context's `handle` "
+                    "with these for each kind of layer first"
+                )
             built = self._build((num_heads, num_kv_heads, window))
             group = self.group if self.world > 1 else None
             self._handles[key] = bind(Bound(built, group, scale, softcap, self.kernel))

@@ -86,10 +86,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, rows.shape[0], chunk_tokens):
                 chunk = product.prepare(rows[start : start + chunk_tokens])
-                target = targets[start : start + chunk_tokens, None]
-                losses, dlogits = _chunk(
-                    product.mm(chunk, product.weight.t()), target, softcap, words, want_hidden or want_weight
-                )
+                logits, target = product.mm(chunk, product.weight.t()), targets[start : start + chunk_tokens]
+                if product.native and words is None:
+                    losses, dlogits = _chunk_cuda(logits, target, softcap, want_hidden or want_weight, product.operand)
+                else:
+                    losses, dlogits = _chunk(logits, target[:, None], softcap, words, want_hidden or want_weight)
                 sum_loss += losses.sum()
                 if dlogits is None:
                     continue
@@ -97,7 +98,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if dhidden is not None:
                     dhidden[start : start + chunk_tokens] = product.mm(dlogits, product.weight)
                 if dweight is not None:
-                    dweight += product.mm(dlogits.t(), chunk)
+                    product.add(dweight, dlogits.t(), chunk)
 
         ctx.save_for_backward(dhidden, dweight)
         ctx.shape, ctx.weight_dtype = hidden.shape, weight.dtype
@@ -115,7 +116,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if dhidden is not None:
             dhidden = (dhidden * grad).to(dhidden.dtype).reshape(ctx.shape)
         if dweight is not None:
-            dweight = (dweight * grad).to(ctx.weight_dtype)
+            # Rounded as it is written: dweight is large.
+            dweight = torch.mul(dweight, grad, out=torch.empty_like(dweight, dtype=ctx.weight_dtype))
         return dhidden, dweight, None, None, None, None, None
 
 
@@ -134,6 +136,23 @@ class _Product:
 
     def mm(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.mm(x, y, out_dtype=self.accumulate) if self.native else torch.mm(x, y)
+
+    def add(self, total: Tensor, x: Tensor, y: Tensor) -> None:
+        """Adds x·y to `total`, without another matrix of its size."""
+        if self.native:
+            torch.addmm(total, x, y, out_dtype=self.accumulate, out=total)
+        else:
+            total.addmm_(x, y)
+
+
+def _chunk_cuda(
+    logits: Tensor, target: Tensor, softcap: float | None, want_grad: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """As `_chunk`, by one kernel, the gradient in the dtype of the products."""
+    from longspan.model.loss_cuda import row_losses
+
+    dlogits = torch.empty_like(logits, dtype=dtype) if want_grad else None
+    return row_losses(logits, target, softcap, dlogits), dlogits
 
 
 def _chunk(

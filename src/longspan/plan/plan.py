@@ -48,6 +48,8 @@ class Plan:
         precision: of the computation; "auto" is bf16 on CUDA and fp32 elsewhere. Master weights and optimiser state are
             fp32.
         mlp_tile: tokens that an MLP mixes at a time; 0 for all.
+        compile: blocks through torch.compile, which fuses norms, rotations and activations; seconds to a minute at the
+            first step of every shape.
         offload: what is in host memory: "activations" (what ``recompute`` keeps of each block), "layers" (parameters of
             blocks but for those at work, gradients, optimiser state; one rank), or "both".
         offload_gib: most host memory for activations, in GiB; 0 for no limit. What finds no room stays on the device.
@@ -67,6 +69,7 @@ class Plan:
     layout: str = "auto"
     precision: Precision = "auto"
     mlp_tile: int = 0
+    compile: bool = False
     offload: Offload = "none"
     offload_gib: int = 0
 
@@ -109,6 +112,11 @@ class Plan:
             )
 
     def _check_offload(self) -> None:
+        if self.compile and (self.tensor > 1 or self.expert > 1 or self.offload != "none"):
+            raise ValueError(
+                f"blocks are compiled whole and where they lie, got compile with tensor {self.tensor}, expert "
+                f"{self.expert} and offload {self.offload!r}; leave compile or these out"
+            )
         if self.moves_activations and self.recompute == "none":
             raise ValueError(
                 f"a plan that offloads activations keeps few of them, got offload {self.offload!r} with recompute "

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from longspan.attention import masks
@@ -35,8 +36,9 @@ from longspan.model.part import ALL, ModelPart
 from longspan.plan.plan import Plan
 from longspan.train.config import OptimConfig, TrainConfig
 from longspan.train.data.batches import Batch
-from longspan.train.evaluate import make_context, reduce_sums
-from longspan.train.parallel import check_plan, expert_split, parallelise, stream, tensor_split
+from longspan.train.data.evaluation import HeldOutWindows
+from longspan.train.evaluate import make_context, reduce_sums, total_nats
+from longspan.train.parallel import check_plan, expert_split, master_weights, parallelise, stream, tensor_split
 from longspan.train.pipeline import Micro, Pipeline, Stage, ranks_of_stages, stage_layers
 from longspan.train.prepare import Prepared, make_prepare
 
@@ -81,9 +83,8 @@ def make_model(
     return model, Pipeline(stages, plan, mesh.pipeline, device) if stages else None
 
 
-def make_optimizer(model: DecoderLM, config: OptimConfig, *, on_host: bool = False) -> torch.optim.AdamW:
-    """AdamW over what is trained, with weight decay on matrices only. `on_host`: torch's fused kernel, which reads memory
-    once."""
+def make_optimizer(model: DecoderLM, config: OptimConfig, *, fused: bool = False) -> torch.optim.AdamW:
+    """AdamW over what is trained, with weight decay on matrices only. `fused`: torch's one kernel for a step."""
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim > 1]
     others = [p for p in trained if p.ndim <= 1]
@@ -92,7 +93,7 @@ def make_optimizer(model: DecoderLM, config: OptimConfig, *, on_host: bool = Fal
         {"params": others, "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=on_host or None)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused or None)
 
 
 class Trainer:
@@ -114,7 +115,9 @@ class Trainer:
         )
         self.model, self.pipeline = make_model(decoder, config, plan, self.mesh, device)
         self.stream = stream(self.model, plan, device)
-        self.optimizer = make_optimizer(self.model, config.optim, on_host=self.stream is not None)
+        self.masters = master_weights(self.model, plan, self.mesh)
+        fused = device.type == "cuda" or self.stream is not None
+        self.optimizer = make_optimizer(self.model, config.optim, fused=fused)
         self.prepare = make_prepare(decoder, plan, self.mesh, device)
         self._contexts: dict[tuple[int, int], SequenceContext] = {}
         self._packed: dict[int, SequenceContext] = {}
@@ -166,36 +169,48 @@ class Trainer:
 
         The auxiliary loss is in the gradient, not in what is returned.
         """
-        return self._gradients(micros)["loss"]
+        return self._losses(*self._backward(micros))["loss"]
 
-    def _gradients(self, micros: list[tuple[Batch, Prepared | None]]) -> dict[str, float]:
-        """As `gradients`; returns `loss` and, where the model has one, `aux_loss`."""
+    def _backward(self, micros: list[tuple[Batch, Prepared | None]]) -> tuple[Tensor, float]:
+        """As `gradients`; returns this rank's part of the cross-entropy and the auxiliary loss in nats, (2,), and the
+        number of labels of all ranks. A GPU may still be at work: nothing has waited for it."""
         mesh, labels = self.mesh, sum(batch.num_labels for batch, _ in micros)
         # Ranks that share a sequence or its layers hold the same batch: count it once.
         (total,) = reduce_sums([labels / (mesh.context.size * mesh.tensor.size * mesh.pipeline.size)])
         total = max(1.0, round(total))
         # FSDP averages gradients over the token ranks; the loss is a sum over them.
-        scale, nats, aux_nats = mesh.tokens.size / total, 0.0, 0.0
+        scale = mesh.tokens.size / total
         if self.pipeline is not None:
             ready = [self._micro(*given) for given in micros]
-            nats, aux_nats = self.pipeline.step(ready, scale)
+            nats = torch.tensor(self.pipeline.step(ready, scale), dtype=torch.float64)
         else:
+            nats = torch.zeros(2, dtype=torch.float64, device=self.device)
             for index, given in enumerate(micros):
-                if self.stream is None:
-                    self.model.set_requires_gradient_sync(index == len(micros) - 1)  # type: ignore[attr-defined]
+                if isinstance(self.model, FSDPModule):
+                    self.model.set_requires_gradient_sync(index == len(micros) - 1)
+                if self.masters is not None:
+                    self.masters.work()
                 loss, _, aux = self.model.losses(*self._micro(*given))
                 ((loss if aux is None else loss + aux) * scale).backward()
-                nats += float(loss.detach())
-                aux_nats += 0.0 if aux is None else float(aux.detach())
+                nats += torch.stack([x.detach().double() for x in (loss, loss * 0 if aux is None else aux)])
+                if self.masters is not None:
+                    self.masters.settle()
         self.settle()
         self._sum_shared()
-        nats, aux_nats = reduce_sums([nats / mesh.tensor.size, aux_nats])
+        return nats, total
+
+    def _losses(self, nats: Tensor, total: float) -> dict[str, float]:
+        """`loss` and, where the model has one, `aux_loss`, per label."""
+        cross_entropy, aux = nats.tolist()
+        cross_entropy, aux = reduce_sums([cross_entropy / self.mesh.tensor.size, aux])
         moe = self.model.config.moe
         has_aux = moe is not None and moe.balance in ("aux", "aux_pooled")
-        return {"loss": nats / total, **({"aux_loss": aux_nats / total} if has_aux else {})}
+        return {"loss": cross_entropy / total, **({"aux_loss": aux / total} if has_aux else {})}
 
     def _micro(self, batch: Batch, prepared: Prepared | None) -> Micro:
         self._last_context = ctx = self.context(batch, prepared)
+        for kind in self.prepare.kinds:
+            ctx.handle(*kind, self.model.config.attention.scale, self.model.config.attention.softcap)
         return Micro(ctx.local(batch.tokens).to(self.device), ctx.local(batch.labels).to(self.device), ctx)
 
     def _sum_shared(self) -> None:
@@ -207,21 +222,31 @@ class Trainer:
         if mesh.ends is not None and model.config.tie_embeddings and model.embed is not None:
             sum_over(mesh.ends, [model.embed.weight])
 
+    def score(self, windows: HeldOutWindows) -> tuple[float, int]:
+        """(nats, labels) of held-out windows, over all ranks. Collective."""
+        if self.masters is not None:
+            self.masters.work()
+        found = total_nats(self.model, windows, self.prepare, self.mesh, self.device, self.pipeline)
+        if self.masters is not None:
+            self.masters.settle()
+        return found
+
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of the gradient of all parameters of all ranks, each counted once. Collective."""
         model, mesh, split = self.model, self.mesh, self.model.boxes()
-        copies, locals_ = [], []
+        grads: dict[int, list[Tensor]] = {}  # by the number of ranks that hold the same
         for name, parameter in model.named_parameters():
             if parameter.grad is None:
                 continue
             twice = name == "embed.weight" and mesh.ends is not None and model.config.tie_embeddings
             sharers = mesh.expert_parameters if ".experts." in name else mesh.parameters
-            copies.append(sharers.size(0) * (1 if name in split else mesh.tensor.size) * (2 if twice else 1))
-            locals_.append(parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad)
-        norms = torch.stack([torch.linalg.vector_norm(grad) for grad in locals_])
-        total = (norms.square() / torch.tensor(copies, device=norms.device)).sum().to(self.device)
+            copies = sharers.size(0) * (1 if name in split else mesh.tensor.size) * (2 if twice else 1)
+            local = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+            grads.setdefault(copies, []).append(local)
+        squares = [torch.nn.utils.get_total_norm(same).square() / copies for copies, same in grads.items()]
+        total = torch.stack(squares).sum().to(self.device)
         dist.all_reduce(total)
-        return total.sqrt().to(norms.device)
+        return total.sqrt().to(squares[0].device)
 
     def settle(self) -> None:
         """Parameters and gradients are those to save, export and update, wherever the plan keeps them."""
@@ -231,21 +256,23 @@ class Trainer:
     def step(self, step: int, num_steps: int, micros: list[tuple[Batch, Prepared | None]]) -> dict[str, float]:
         """One optimiser step. Raises NotFiniteError before the update where loss or gradient is not finite."""
         self.optimizer.zero_grad(set_to_none=True)
-        losses, norm = self._gradients(micros), self.gradient_norm()
+        backward = self._backward(micros)
+        norm = self.gradient_norm()
+        losses, size = self._losses(*backward), norm.item()
         loss = losses["loss"]
-        if not (math.isfinite(loss) and math.isfinite(norm.item())):
+        if not (math.isfinite(loss) and math.isfinite(size)):
             raise NotFiniteError(
-                f"the loss of step {step + 1} is {loss:g} and the gradient's norm {norm.item():g}: stopped before the "
+                f"the loss of step {step + 1} is {loss:g} and the gradient's norm {size:g}: stopped before the "
                 f"optimiser step; the largest gradient is in {largest_gradient(self.model)}"
             )
-        if self.config.optim.clip:
+        if 0 < self.config.optim.clip < size:  # else nothing would change
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optim.clip, norm)
         rate = self.config.optim.rate(step, num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.model.balance(self._last_context)
-        return {**losses, "gradient_norm": norm.item(), "learning_rate": rate}
+        return {**losses, "gradient_norm": size, "learning_rate": rate}
 
 
 def largest_gradient(model: DecoderLM) -> str:

@@ -5,7 +5,7 @@ is a mesh (n, 1), whose gradients are all-reduced; "zero2" and "zero3" a mesh (c
 reduce-scattered, and "zero3" gathers parameters again in the backward. Tensor and pipeline ranks hold parts of the
 model (``longspan.model.part``), each of which is treated so.
 
-A plan that streams layers is on one rank, without FSDP: `stream`.
+On one rank there is no FSDP: mixed precision is that of `longspan.train.precision`, or of the stream of layers.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from longspan.model.part import Layers
 from longspan.model.parts import Mlp
 from longspan.model.recompute import apply_recompute
 from longspan.plan.plan import Plan
+from longspan.train.precision import MasterWeights
 
 
 def tensor_split(mesh: Mesh) -> TensorSplit:
@@ -78,11 +79,24 @@ def check_plan(plan: Plan, config: DecoderConfig, partly_trained: bool = False) 
         )
 
 
+def alone(mesh: Mesh) -> bool:
+    """Whether one rank has all of the model to itself, and needs no FSDP."""
+    return mesh.tokens.size * mesh.tensor.size * mesh.pipeline.size == 1
+
+
+def master_weights(model: DecoderLM, plan: Plan, mesh: Mesh) -> MasterWeights | None:
+    """What FSDP's mixed precision is elsewhere, for a rank that is alone; None where FSDP or a stream does it, or where
+    all is in fp32."""
+    if not alone(mesh) or plan.streams_layers or plan.precision != "bf16":
+        return None
+    return MasterWeights(model, torch.bfloat16)
+
+
 def parallelise(root: nn.Module, plan: Plan, mesh: Mesh) -> None:
     """Recompute, shard and set precision in place. ``root`` has ``blocks``: the model, which may be on the meta device,
     or a pipeline stage that runs a part of one."""
     apply_saving(root, plan)
-    if plan.streams_layers:
+    if alone(mesh) or plan.streams_layers:
         return
     policy = MixedPrecisionPolicy()
     if plan.precision == "bf16":
@@ -104,7 +118,7 @@ def parallelise(root: nn.Module, plan: Plan, mesh: Mesh) -> None:
 
 
 def apply_saving(root: nn.Module, plan: Plan, *, min_bytes: int = 2**20) -> None:
-    """Recomputation with the offload of what it keeps, and tiles of the MLPs: what needs no mesh.
+    """Recomputation with the offload of what it keeps, tiles of the MLPs, compilation: what needs no mesh.
 
     `min_bytes`: smaller activations are not moved.
     """
@@ -116,6 +130,13 @@ def apply_saving(root: nn.Module, plan: Plan, *, min_bytes: int = 2**20) -> None
         apply_recompute(root, plan.recompute, keep_ops=(torch.ops.longspan.attention.default,), offload=moves)
     for mixer in (module for module in root.modules() if isinstance(module, Mlp | Moe)):
         mixer.tile = plan.mlp_tile or None
+    if plan.compile:
+        # Blocks differ in the number of their layer, which no computation depends on: one graph for all of them.
+        torch._dynamo.config.allow_unspec_int_on_nn_module = True
+        # What attention keeps for its backward has a size that the mask decides.
+        torch._dynamo.config.capture_dynamic_output_shape_ops = True
+        for block in root.blocks:  # type: ignore[union-attr]
+            block.compile(dynamic=False)
 
 
 def stream(model: DecoderLM, plan: Plan, device: torch.device) -> LayerStream | None:

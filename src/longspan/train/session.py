@@ -24,7 +24,6 @@ from longspan.train.data.batches import Batch
 from longspan.train.data.evaluation import bits_per_byte, scored_bytes
 from longspan.train.data.loader import BatchLoader, DataWorkerError
 from longspan.train.data.stream import TokenStream
-from longspan.train.evaluate import total_nats
 from longspan.train.finish import Outcome, finish
 from longspan.train.launch import discover, init_process_group
 from longspan.train.liveness import Heartbeat, InterruptFlag
@@ -40,7 +39,7 @@ log = logging.getLogger(__name__)
 def held_out_score(trainer: Trainer, setting: Setting, context: int) -> tuple[float, float | None]:
     """(nats per token, bits per byte) of the held-out text at one context; no bits of conversations. Collective."""
     windows = setting.windows[context]
-    nats, labels = total_nats(trainer.model, windows, trainer.prepare, trainer.mesh, trainer.device, trainer.pipeline)
+    nats, labels = trainer.score(windows)
     if setting.train.labelled:
         return nats / labels, None
     return nats / labels, bits_per_byte(nats, len(scored_bytes(windows, setting.tokenizer)))
