@@ -119,7 +119,10 @@ def test_what_a_run_refuses(tmp_path: Path, options: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--plan.context 1 --plan.tensor 2", "the trainer runs the axes data and context, got tensor 2; set tensor to"),
+        (
+            "--plan.context 1 --plan.pipeline 2 --model.layers 1",
+            "needs a layer for every stage, got 1 layers for 2 stages",
+        ),
         ("--batch.length 1", "a token for every rank that shares it, got rows of 1 tokens on 2 ranks; use longer rows"),
         ("--model.heads 3", "heads must divide width"),
         ("--ranks 3", "torchrun has started 2"),
@@ -130,8 +133,8 @@ def test_what_two_ranks_refuse(tmp_path: Path, options: str, words: str) -> None
 
 
 def test_the_launcher_repeats_the_line_of_its_ranks(tmp_path: Path) -> None:
-    line = longspan(*train(tmp_path / "run", "--ranks", "2", "--plan.context", "1", "--plan.tensor", "2")).refusal()
-    assert line == "the trainer runs the axes data and context, got tensor 2; set tensor to 1"
+    line = longspan(*train(tmp_path / "run", "--ranks", "2", "--plan.context", "1", "--plan.expert", "2")).refusal()
+    assert line == "expert parallelism needs an expert for every rank, got 0 experts for expert 2; use fewer, or data"
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,9 @@ class MasterWeights:
         if self._working:
             return
         with torch.no_grad():
-            torch._foreach_copy_(self._data(self._copies), self._data(self._masters))
+            torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+                self._data(self._copies), self._data(self._masters)
+            )
         self._place(working=True)
 
     @torch.no_grad()

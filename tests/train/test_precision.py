@@ -1,0 +1,77 @@
+"""Working copies stand in for master weights, and their gradients add up in the masters' dtype."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from longspan.plan.plan import Plan
+from longspan.train.precision import MasterWeights
+from tests.ranks import run_ranks
+from tests.train.test_parity import CONFIG, micros, one_rank, reference
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        self.second.bias.requires_grad_(False)
+
+
+def test_copies_take_the_places_and_give_them_back() -> None:
+    model = Tied()
+    masters = dict(model.named_parameters())
+    weights = MasterWeights(model, torch.bfloat16)
+    seen = []
+    for step in range(2):
+        weights.work()
+        assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+        assert model.first.weight is model.second.weight and not model.second.bias.requires_grad
+        assert torch.equal(model.first.weight, masters["first.weight"].bfloat16())
+        x = torch.full((1, 3), 1.0 + 2.0**-7 * step, dtype=torch.bfloat16)
+        model.first(x).sum().backward()
+        seen.append(x.float().expand(3, 3))
+        weights.settle()
+        assert dict(model.named_parameters()) == masters
+    # 1 + (1 + 2^-7) has more digits than bf16 holds.
+    torch.testing.assert_close(masters["first.weight"].grad, seen[0] + seen[1], rtol=0, atol=0)
+    with torch.no_grad():
+        masters["first.weight"].add_(1)
+    weights.work()
+    assert torch.equal(model.first.weight, masters["first.weight"].bfloat16())
+
+
+def test_one_rank_in_bf16_is_near_fp32_and_two_ranks_agree() -> None:
+    """Without FSDP on one rank, with it on two: the same rounding of weights."""
+    loss, grads = reference(CONFIG, False)
+    plan = Plan(precision="bf16")
+    alone = run_ranks(one_rank, 1, plan.fit(1), CONFIG, 1, False, False)[0]
+    split = run_ranks(one_rank, 2, replace(plan, data=2).fit(2), CONFIG, 1, False, False)[0]
+    for got_loss, _, got in (alone, split):
+        assert abs(got_loss - loss) <= 1e-3 * loss
+        for name, expected in grads.items():
+            assert (got[name][1] - expected).norm() <= 3e-2 * expected.norm(), name
+            assert got[name][1].dtype == torch.float32
+
+
+def compiled(rank: int, world: int) -> list[float]:
+    from longspan.train.config import TrainConfig
+    from longspan.train.loop import Trainer
+
+    found = []
+    for compile_blocks in (False, True):
+        plan = Plan(context=1, compile=compile_blocks).fit(world)
+        trainer = Trainer(TrainConfig(out=Path("unused"), seed=3), CONFIG, plan, torch.device("cpu"))
+        found += [trainer.step(step, 2, micros(plan, rank, 1, False))["loss"] for step in range(2)]
+    return found
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_the_same_blocks() -> None:
+    losses = run_ranks(compiled, 1, timeout_s=300)[0]
+    assert losses[2:] == pytest.approx(losses[:2], rel=1e-5)
