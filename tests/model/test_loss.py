@@ -131,7 +131,7 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.num_products += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
+        self.num_products += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.out)
         for x in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(x, torch.Tensor):
                 self.num_elements = max(self.num_elements, x.numel())

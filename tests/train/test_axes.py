@@ -121,7 +121,7 @@ def test_the_comparison_bites() -> None:
     ("plan", "config", "message"),
     [
         (Plan(tensor=5), CONFIG, "a query head for every rank, got 4 heads"),
-        (Plan(pipeline=3), CONFIG, "a layer for every stage, got 2 layers for 3 stages"),
+        (Plan(pipeline=4), CONFIG, "a layer for every stage, got 3 layers for 4 stages"),
         (Plan(pipeline=2, pipeline_schedule="zbv"), DEEP, "untie"),
     ],
 )

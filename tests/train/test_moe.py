@@ -74,7 +74,7 @@ AXES = [
     (2, Plan(context=1, expert=2), 1),
     (3, Plan(context=1, expert=3, recompute="full"), 1),
     (4, Plan(context=2, expert=2, shard="zero3", recompute="attention"), 1),
-    (4, Plan(context=1, data=2, expert=2, shard="zero2"), 1),
+    (6, Plan(context=1, data=3, expert=2, shard="zero2"), 1),
     (4, Plan(context=1, expert=2, tensor=2), 1),
     (2, Plan(context=1, tensor=2), 1),
     (2, Plan(context=1, pipeline=2), 3),

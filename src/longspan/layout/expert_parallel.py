@@ -48,8 +48,9 @@ class ExpertSplit:
         """
         if self.size == 1:
             return experts(rows, counts)
-        table = counts.new_empty(self.size, counts.shape[0])
-        all_gather_single(table, counts, group=self.group)
+        flat = counts.new_empty(self.size * counts.shape[0])
+        all_gather_single(flat, counts, group=self.group)
+        table = flat.view(self.size, -1)
         runs = [share(counts.shape[0], self.size, rank) for rank in range(self.size)]
         mine = table[:, runs[self.rank].start : runs[self.rank].stop]
         sent = [int(n) for n in torch.stack([counts[run.start : run.stop].sum() for run in runs]).tolist()]

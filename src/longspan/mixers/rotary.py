@@ -85,24 +85,13 @@ class Rotary:
         self.config = config
         self.head_dim = head_dim
         self._frequencies: dict[torch.device, Tensor] = {}
-        self._noted: tuple[Tensor, torch.dtype, Tensor, Tensor] | None = None
-
-    def note(self, positions: Int[Tensor, " l"], dtype: torch.dtype) -> None:
-        """Computes the angles of these positions once, for all layers that will ask for them."""
-        wide = torch.promote_types(dtype, torch.float32)
-        noted = self._noted is not None and self._noted[0] is positions and self._noted[1] == wide
-        # A tensor born in inference mode could not be used in training later.
-        if not noted and not torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
-            self._noted = (positions, wide, *self.angles(positions, dtype))
 
     def angles(
         self, positions: Int[Tensor, " l"], dtype: torch.dtype
     ) -> tuple[Float[Tensor, "l half"], Float[Tensor, "l half"]]:
         """cos and sin of the pairs' angles, times the attention factor, in fp32 at least (fp64 for fp64)."""
-        wide = torch.promote_types(dtype, torch.float32)
-        if self._noted is not None and self._noted[0] is positions and self._noted[1] == wide:
-            return self._noted[2:]
         inv_freq, factor = self._inverse_frequencies(positions.device)
+        wide = torch.promote_types(dtype, torch.float32)
         angles = positions.to(wide)[:, None] * inv_freq.to(wide)
         return angles.cos() * factor, angles.sin() * factor
 

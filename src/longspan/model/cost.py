@@ -191,7 +191,7 @@ def peak_bytes(
     head, chunk = config.vocab_size * config.hidden_size, min(chunk_tokens, num_tokens)
 
     there = sum(kept.values()) - (moved_bytes(config, batch, local_tokens, dtype, recompute) if moves else 0)
-    loss = there + states + chunk * config.vocab_size * wide + head * wide
+    loss = there + states + chunk * (config.vocab_size + config.hidden_size) * wide
     if item != wide:
         raised = (head + chunk * config.hidden_size) * wide
         loss += raised if device_type == "cpu" else chunk * config.vocab_size * item
@@ -221,7 +221,9 @@ def peak_bytes(
 
     # Where the head is tied, its gradient, the embedding's and their sum meet.
     end = sum(count.values()) * item + states + (2 * head * item if config.tie_embeddings else 0)
-    return max(loss, backward, end)
+    # The gradients that the loss has formed, beside their multiples.
+    scaled = there + states + head * item
+    return max(loss, scaled, backward, end)
 
 
 def moved_bytes(config: DecoderConfig, batch: int, local_tokens: int, dtype: torch.dtype, recompute: Recompute) -> int:

@@ -55,7 +55,6 @@ class DecoderLM(nn.Module):
         words = part.split.share(config.vocab_size)
         learned = not isinstance(positions, RotaryConfig)
         rotary = None if learned else Rotary(positions, config.attention.head_dim)
-        self._rotary = rotary
         layers = tuple(range(config.num_layers)) if part.layers is None else part.layers
         self._sparse = tuple(layer for layer in layers if layer in config.sparse_layers)
         tied_here = part.last and config.tie_embeddings
@@ -221,8 +220,6 @@ class DecoderLM(nn.Module):
 
     def _run(self, x: Tensor, ctx: Context, layers: range) -> tuple[Tensor, dict[int, Routing]]:
         """States after some layers, and the routing of each sparse one."""
-        if self._rotary is not None:
-            self._rotary.note(ctx.positions, x.dtype)
         routings: dict[int, Routing] = {}
         for layer, block in zip(layers, self.blocks.of(layers), strict=True):
             x, routing = block(x, ctx)

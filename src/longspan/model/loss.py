@@ -142,7 +142,7 @@ class _Product:
         if self.native:
             torch.addmm(total, x, y, out_dtype=self.accumulate, out=total)
         else:
-            total.addmm_(x, y)
+            torch.addmm(total, x, y, out=total)
 
 
 def _chunk_cuda(

@@ -211,6 +211,11 @@ class Experts(nn.Module):
         return {"gate": into, "up": into, "down": back}
 
 
+def is_expert(name: str) -> bool:
+    """Whether a parameter of this name is one of `Experts`."""
+    return ".experts." in name
+
+
 class Moe(nn.Module):
     """The channel mixer of a sparse layer: its output, and where tokens went.
 

@@ -32,6 +32,7 @@ from longspan.model.decoder import DecoderLM, build, init_weights
 from longspan.model.freeze import freeze
 from longspan.model.huggingface import load_into
 from longspan.model.lora import apply_lora, init_lora
+from longspan.model.moe import is_expert
 from longspan.model.part import ALL, ModelPart
 from longspan.plan.plan import Plan
 from longspan.train.config import OptimConfig, TrainConfig
@@ -75,6 +76,8 @@ def make_model(
     for root in stages or [model]:
         parallelise(root, plan, mesh)
         root.to_empty(device="cpu" if plan.streams_layers else device)
+    if stages and model.expert_load is not None:  # the model's own, of no stage
+        model.expert_load = torch.empty_like(model.expert_load, device=device)
     if config.init is None:
         init_weights(model, config.seed)
     else:
@@ -85,12 +88,15 @@ def make_model(
 
 def make_optimizer(model: DecoderLM, config: OptimConfig, *, fused: bool = False) -> torch.optim.AdamW:
     """AdamW over what is trained, with weight decay on matrices only. `fused`: torch's one kernel for a step."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim > 1]
-    others = [p for p in trained if p.ndim <= 1]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in trained if p.ndim > 1 and not is_expert(name)]
+    # Apart, for they may be on a mesh of their own.
+    experts = [p for name, p in trained if is_expert(name)]
+    others = [p for _, p in trained if p.ndim <= 1]
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": some, "weight_decay": decay}
+        for some, decay in ((decayed, config.weight_decay), (experts, config.weight_decay), (others, 0.0))
+        if some
     ]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused or None)
@@ -216,6 +222,11 @@ class Trainer:
     def _sum_shared(self) -> None:
         """Adds up gradients of what tensor ranks, or the ends of a pipeline, hold together, each having its addend."""
         model, mesh = self.model, self.mesh
+        if mesh.expert.size > 1:
+            # FSDP has taken their mean over fewer ranks than the loss is a mean over.
+            for name, parameter in model.named_parameters():
+                if is_expert(name) and isinstance(parameter.grad, DTensor):
+                    parameter.grad.to_local().div_(mesh.expert.size)
         if mesh.tensor.size > 1:
             split = model.boxes()
             sum_over(mesh.tensor.group, [p for name, p in model.named_parameters() if name not in split])
@@ -239,7 +250,7 @@ class Trainer:
             if parameter.grad is None:
                 continue
             twice = name == "embed.weight" and mesh.ends is not None and model.config.tie_embeddings
-            sharers = mesh.expert_parameters if ".experts." in name else mesh.parameters
+            sharers = mesh.expert_parameters if is_expert(name) else mesh.parameters
             copies = sharers.size(0) * (1 if name in split else mesh.tensor.size) * (2 if twice else 1)
             local = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
             grads.setdefault(copies, []).append(local)
@@ -266,7 +277,8 @@ class Trainer:
                 f"optimiser step; the largest gradient is in {largest_gradient(self.model)}"
             )
         if 0 < self.config.optim.clip < size:  # else nothing would change
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optim.clip, norm)
+            for group in self.optimizer.param_groups:
+                torch.nn.utils.clip_grads_with_norm_(group["params"], self.config.optim.clip, norm)
         rate = self.config.optim.rate(step, num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

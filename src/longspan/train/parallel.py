@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from longspan.layout.expert_parallel import ExpertSplit
 from longspan.layout.mesh import Mesh
@@ -107,9 +107,6 @@ def parallelise(root: nn.Module, plan: Plan, mesh: Mesh) -> None:
     for block in blocks:
         for experts in (module for module in block.modules() if isinstance(module, Experts) and mesh.expert.size > 1):
             fully_shard(experts, mesh=mesh.expert_parameters, mp_policy=policy, reshard_after_forward=again)
-            assert isinstance(experts, FSDPModule)
-            # The mean over fewer ranks, of gradients that the tokens of all of them have gone into already.
-            experts.set_gradient_divide_factor(mesh.tokens.size)
         fully_shard(block, mesh=mesh.parameters, mp_policy=policy, reshard_after_forward=again)
     fully_shard(root, mesh=mesh.parameters, mp_policy=policy, reshard_after_forward=again)
     if isinstance(root, DecoderLM):
