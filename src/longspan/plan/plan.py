@@ -117,6 +117,11 @@ class Plan:
                 f"blocks are compiled whole and where they lie, got compile with tensor {self.tensor}, expert "
                 f"{self.expert} and offload {self.offload!r}; leave compile or these out"
             )
+        if self.compile and self.recompute != "none":
+            raise ValueError(
+                f"compiled blocks are not recomputed yet (torch 2.11 fails on it), got compile with recompute "
+                f"{self.recompute}; leave one of the two out"
+            )
         if self.moves_activations and self.recompute == "none":
             raise ValueError(
                 f"a plan that offloads activations keeps few of them, got offload {self.offload!r} with recompute "
