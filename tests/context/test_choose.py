@@ -71,7 +71,15 @@ def by_lists(mask: Mask, layout: Layout, h: int, g: int) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("mask_name", MASKS_16K)
-@pytest.mark.parametrize(("world", "h", "g"), [(4, 8, 8), (8, 8, 2), (16, 16, 2), (16, 8, 1), (12, 12, 12)])
+@pytest.mark.parametrize(
+    ("world", "h", "g"),
+    [
+        (4, 8, 8),
+        (8, 8, 2),
+        (16, 16, 2),
+        *(pytest.param(*size, marks=pytest.mark.slow) for size in ((16, 8, 1), (12, 12, 12))),
+    ],
+)
 def test_the_choice_is_that_of_the_whole_schedules(world: int, h: int, g: int, mask_name: str) -> None:
     mask = MASKS_16K[mask_name]
     layout = default_layout(mask, world)

@@ -52,6 +52,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
     resumes(running, 2, world=1)
 
 
+@pytest.mark.slow
 def test_a_rank_killed_before_the_first_save_leaves_nothing_to_go_on_with(tmp_path: Path) -> None:
     with job(tmp_path / "run", *train(tmp_path / "run", *LONG)) as running:
         running.wait_for(2)
@@ -60,6 +61,7 @@ def test_a_rank_killed_before_the_first_save_leaves_nothing_to_go_on_with(tmp_pa
     assert "--resume" not in line and "checkpoints" not in line
 
 
+@pytest.mark.slow
 def test_a_data_worker_that_dies_costs_no_step(tmp_path: Path) -> None:
     with job(tmp_path / "run", *train(tmp_path / "run", *LONG)) as running:
         running.wait_for(3)
