@@ -76,8 +76,7 @@ def by_lists(mask: Mask, layout: Layout, h: int, g: int) -> dict[str, tuple]:
     [
         (4, 8, 8),
         (8, 8, 2),
-        (16, 16, 2),
-        *(pytest.param(*size, marks=pytest.mark.slow) for size in ((16, 8, 1), (12, 12, 12))),
+        *(pytest.param(*size, marks=pytest.mark.slow) for size in ((16, 16, 2), (16, 8, 1), (12, 12, 12))),
     ],
 )
 def test_the_choice_is_that_of_the_whole_schedules(world: int, h: int, g: int, mask_name: str) -> None:

@@ -47,10 +47,16 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("plan", [*PAIRS, *WIDE, *VARIANTS], ids=named)
+@pytest.mark.parametrize("plan", [*PAIRS, *WIDE, VARIANTS[0]], ids=named)
 def test_axes_at_world_4(plan: Plan) -> None:
     world = plan.data * plan.context * plan.tensor * plan.pipeline
     assert_parity(plan, world, DEEP, num_micro={1: 1, 4: 6}.get(plan.pipeline, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", VARIANTS[1:], ids=named)
+def test_variants_at_world_4(plan: Plan) -> None:
+    test_axes_at_world_4(plan)
 
 
 TRIPLES = [joined(*(AXES[a] for a in axes)) for axes in combinations(AXES, 3)]
