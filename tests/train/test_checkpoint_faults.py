@@ -64,7 +64,7 @@ for step in range(100000):
 
 def test_kill_at_any_moment_of_a_save_leaves_only_checkpoints_that_are_whole(tmp_path: Path) -> None:
     kills = 0
-    for delay_s in (0.004, 0.011, 0.017):
+    for delay_s in (0.004, 0.011, 0.017, *(0.002 * turn for turn in range(15))):
         process = subprocess.Popen(
             [sys.executable, "-c", SAVE_UNTIL_KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True
         )
@@ -82,6 +82,8 @@ def test_kill_at_any_moment_of_a_save_leaves_only_checkpoints_that_are_whole(tmp
             model = nn.Linear(300, 300)
             assert store.load(step, model) == {"step": step}
             assert (model.weight == step).all()
+        if kills == 2:  # most kills fall into a save; on a busy machine the delays are not what they say
+            break
     assert kills, "no kill fell into a save: the test did not test"
 
 
