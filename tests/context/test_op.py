@@ -52,8 +52,9 @@ def test_opcheck(mask: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(OP, (*leaves, handle))
     out, lse, saved = OP(*leaves, handle)
     delta = (dout * out).sum(-1).transpose(1, 2).to(lse.dtype).contiguous()
-    plain = [x.detach() for x in (dout, *leaves, lse, delta, saved)]
-    torch.library.opcheck(torch.ops.longspan.attention_backward, (*plain, handle))
+    grads, stats = [x.detach() for x in (dout, *leaves)], [x.detach() for x in (lse, delta, saved)]
+    for own in (out.detach(), None):
+        torch.library.opcheck(torch.ops.longspan.attention_backward, (*grads, own, *stats, handle))
     release(handle)
 
 
