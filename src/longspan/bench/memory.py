@@ -48,13 +48,13 @@ class Technique:
     """One way of saving memory, by a name for the table.
 
     Args:
-        loss_chunk: tokens whose logits are there at a time; 0 for all.
+        loss_chunk: tokens whose logits are there at a time; 0 for all, None for the decoder's default.
     """
 
     name: str
     recompute: Recompute = "none"
     mlp_tile: int = 0
-    loss_chunk: int = 1024
+    loss_chunk: int | None = None
     offload: Offload = "none"
 
     def plan(self, precision: Any) -> Plan:
@@ -98,10 +98,10 @@ def _apply(model: DecoderLM, technique: Technique, device: torch.device, **optio
     return stream(model, plan, device)
 
 
-def _step(model: DecoderLM, streamed: LayerStream | None, tokens: torch.Tensor, ctx: Any, chunk: int) -> float:
+def _step(model: DecoderLM, streamed: LayerStream | None, tokens: torch.Tensor, ctx: Any, chunk: int | None) -> float:
     for parameter in model.parameters():
         parameter.grad = None
-    loss = model.loss(tokens[:, :-1], tokens[:, 1:], ctx, chunk_tokens=chunk or tokens.shape[1])[0]
+    loss = model.loss(tokens[:, :-1], tokens[:, 1:], ctx, chunk_tokens=tokens.shape[1] if chunk == 0 else chunk)[0]
     loss.backward()
     if streamed is not None:
         streamed.flush()
@@ -123,7 +123,9 @@ def gate(cell: Cell, device: torch.device, dtype: torch.dtype) -> float:
     other = copy.deepcopy(plain)
     # As the cell has it, but for sizes: so small that everything is tiled, chunked and moved here too.
     technique = replace(
-        cell.technique, mlp_tile=min(cell.technique.mlp_tile, 32), loss_chunk=min(cell.technique.loss_chunk, 32)
+        cell.technique,
+        mlp_tile=min(cell.technique.mlp_tile, 32),
+        loss_chunk=32 if cell.technique.loss_chunk is None else cell.technique.loss_chunk,
     )
     ctx, tokens = _context(_GATE_TOKENS, device), _tokens(_GATE_TOKENS, device)
     plain.to(device)

@@ -70,6 +70,7 @@ class MasterWeights:
         updated = []
         for group in optimizer.param_groups:
             beta1, beta2 = group["betas"]
+            hyper = None
             for master in group["params"]:
                 copy = self._copies[master]
                 grad = copy.grad if master.grad is None else master.grad
@@ -80,15 +81,10 @@ class MasterWeights:
                     state["step"] = torch.zeros((), dtype=torch.float32)  # on the host: it is read there
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
                 state["step"] += 1
-                hyper = Hyper(
-                    lr=group["lr"],
-                    beta1=beta1,
-                    beta2=beta2,
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    factor=factor,
-                    step=int(state["step"]),
-                )
+                step = int(state["step"])
+                if hyper is None or hyper.step != step:
+                    rates = {name: group[name] for name in ("lr", "eps", "weight_decay")}
+                    hyper = Hyper(**rates, beta1=beta1, beta2=beta2, factor=factor, step=step)
                 adamw_(master.data, copy.data, grad, state["exp_avg"], state["exp_avg_sq"], hyper)
                 master.grad = copy.grad = None
                 updated.append(master)
