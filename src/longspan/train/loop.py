@@ -178,7 +178,8 @@ class Trainer:
         backward = self._backward(micros)
         if self.masters is not None:
             self.masters.settle()
-        return self._losses(*backward)["loss"]
+        nats, total = backward
+        return self._losses(nats.tolist(), total)["loss"]
 
     def _backward(self, micros: list[tuple[Batch, Prepared | None]]) -> tuple[Tensor, float]:
         """As `gradients`, which may still be those of working copies; returns this rank's part of the cross-entropy
@@ -209,9 +210,9 @@ class Trainer:
         self._sum_shared()
         return nats, total
 
-    def _losses(self, nats: Tensor, total: float) -> dict[str, float]:
+    def _losses(self, nats: list[float], total: float) -> dict[str, float]:
         """`loss` and, where the model has one, `aux_loss`, per label."""
-        cross_entropy, aux = nats.tolist()
+        cross_entropy, aux = nats
         cross_entropy, aux = reduce_sums([cross_entropy / self.mesh.tensor.size, aux])
         moe = self.model.config.moe
         has_aux = moe is not None and moe.balance in ("aux", "aux_pooled")
@@ -271,9 +272,11 @@ class Trainer:
     def step(self, step: int, num_steps: int, micros: list[tuple[Batch, Prepared | None]]) -> dict[str, float]:
         """One optimiser step. Raises NotFiniteError before the update where loss or gradient is not finite."""
         self.optimizer.zero_grad(set_to_none=True)
-        backward = self._backward(micros)
+        nats, total = self._backward(micros)
         norm = self.gradient_norm()
-        losses, size = self._losses(*backward), norm.item()
+        # The one time that the host waits for the device: it has the optimiser's work before it waits again.
+        *local, size = torch.cat([nats.to(norm.device), norm.double()[None]]).tolist()
+        losses = self._losses(local, total)
         loss = losses["loss"]
         if not (math.isfinite(loss) and math.isfinite(size)):
             if self.masters is not None:
@@ -338,9 +341,8 @@ class Meter:
         self.device, self._last_s = device, time.perf_counter()
 
     def read(self, num_tokens: int) -> tuple[float, int]:
-        """(tokens/s since the last reading, this rank's peak memory in bytes)."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        """(tokens/s since the last reading, this rank's peak memory in bytes). A GPU may be at the optimiser's work: it
+        is not waited for, and what is left of it falls into the next reading."""
         now = time.perf_counter()
         rate = num_tokens / max(1e-9, now - self._last_s)
         self._last_s = now
