@@ -8,7 +8,8 @@ torchtitan is 0.3.0, with the parts that its `Trainer` puts together and in its 
 activation checkpointing, `torch.compile` of each block and of the loss, FSDP2 with bf16 parameters over fp32 shards
 (on one rank too), the loss in 8 chunks of the sequence, its clipping, its fused optimizer. The Trainer itself wants
 packages for data sets and logs. Left out of it: the CUDA graph around forward and backward, and its default back end
-for meshes, for which torch 2.11 is too old ("partial_dtensor" is its older one; one rank computes the same).
+for meshes, for which torch 2.11 is too old ("partial_dtensor" is its older one; one rank computes the same). With a
+torch that old three things are mended here, where it says so.
 
 Each peer is for a process of its own: torchtitan changes settings of torch's compiler for the whole process.
 """
@@ -16,6 +17,7 @@ Each peer is for a process of its own: torchtitan changes settings of torch's co
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -97,7 +99,9 @@ def hugging_face(
     )
     model.to(device).train()
     if recompute:
-        model.gradient_checkpointing_enable()
+        with warnings.catch_warnings():  # later releases have another name for the same
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable()
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay},
@@ -198,12 +202,14 @@ def torchtitan(
     return Peer(
         name="torchtitan",
         version=version("torchtitan"),
-        notes=("FSDP2 on one rank", "loss in 8 chunks", f"{attention} attention", "no CUDA graph"),
+        notes=("FSDP2 on one rank", "loss in 8 chunks", f"{attention} attention", "no CUDA graph", *_OLD_NOTES),
         parameters=sum(p.numel() for p in parameters),
         step=step,
     )
 
 
+_OLD_TORCH = not hasattr(torch.distributed.fsdp, "DataParallelMeshDims")
+_OLD_NOTES = ("the head's gradient reduced in every chunk, for an old torch",) if _OLD_TORCH else ()
 _TITAN_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
@@ -211,7 +217,7 @@ class _Titan:
     """The parts of torchtitan, imported where they are asked for."""
 
     def __init__(self) -> None:
-        if not hasattr(torch.distributed.fsdp, "DataParallelMeshDims"):
+        if _OLD_TORCH:
             # A type of a later torch, imported by name and used by the two other back ends for meshes.
             vars(torch.distributed.fsdp)["DataParallelMeshDims"] = object
         from torchtitan.components.checkpointer.utils import canonical_fqn
@@ -312,6 +318,13 @@ class _Titan:
         from torchtitan.components.loss import ChunkedLossWrapper
 
         found = ChunkedLossWrapper.Config().build(compile_config=compilation)
+        if _OLD_TORCH:
+            # It frees the head's weight after the last chunk, and with it the final norm's, which is of the same group
+            # and yet to be differentiated: only a later torch gathers that again. What FSDP frees itself it still does.
+            model.lm_head.reshard = lambda: None
+            # It adds up the head's gradient in fp32 over the chunks, and such a torch reduces a group of one dtype
+            # alone: here every chunk's is reduced.
+            model.lm_head.set_requires_gradient_sync = lambda *_, **__: None
         found.set_lm_head(model.lm_head)
         model._skip_lm_head = True
         return found
