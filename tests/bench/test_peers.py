@@ -73,8 +73,7 @@ def test_transformers_loses_what_we_lose(tie, recompute, tmp_path) -> None:
     config = llama(tie=tie)
     want = ours(config, tmp_path / "w")
     peer = hugging_face(
-        config, tmp_path / "w", TOKENS, compiled=False, recompute=recompute, device=CPU, dtype=torch.float32,
-        optim=OPTIM,
+        config,
         tmp_path / "w",
         TOKENS,
         compiled=False,
