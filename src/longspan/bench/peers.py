@@ -14,6 +14,9 @@ torch that old three things are mended here, where it says so.
 Each peer is for a process of its own: torchtitan changes settings of torch's compiler for the whole process.
 """
 
+# torchtitan is optional, and of no environment that is checked.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import contextlib
