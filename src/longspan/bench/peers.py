@@ -14,6 +14,9 @@ torch that old three things are mended here, where it says so.
 Each peer is for a process of its own: torchtitan changes settings of torch's compiler for the whole process.
 """
 
+# torchtitan is optional, and of no environment that is checked.
+# pyright: reportMissingImports=false, reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import contextlib
@@ -219,7 +222,7 @@ class _Titan:
     def __init__(self) -> None:
         if _OLD_TORCH:
             # A type of a later torch, imported by name and used by the two other back ends for meshes.
-            vars(torch.distributed.fsdp)["DataParallelMeshDims"] = object
+            torch.distributed.fsdp.__dict__["DataParallelMeshDims"] = object
         from torchtitan.components.checkpointer.utils import canonical_fqn
         from torchtitan.config import CompileConfig
         from torchtitan.distributed import utils
