@@ -6,10 +6,10 @@ config's own rate throughout. Neither is a dependency: where it cannot be import
 
 torchtitan is 0.3.0, with the parts that its `Trainer` puts together and in its order: the model with fused qkv, its
 activation checkpointing, `torch.compile` of each block and of the loss, FSDP2 with bf16 parameters over fp32 shards
-(on one rank too), the loss in 8 chunks of the sequence, its clipping, its fused optimizer. The Trainer itself wants
+(on one rank too), the loss in chunks of the sequence, its clipping, its fused optimizer. The Trainer itself wants
 packages for data sets and logs. Left out of it: the CUDA graph around forward and backward, and its default back end
 for meshes, for which torch 2.11 is too old ("partial_dtensor" is its older one; one rank computes the same). With a
-torch that old three things are mended here, where it says so.
+torch that old three things are changed here, where it says so.
 
 Each peer is for a process of its own: torchtitan changes settings of torch's compiler for the whole process.
 """
@@ -47,14 +47,14 @@ class Peer:
         version: of the package that ran.
         notes: what differs from our step.
         parameters: how many are trained.
-        step: one optimiser step on the batch; the loss per label, before the update.
+        step: one optimiser step on the batch; the loss per label before the update, which nobody has waited for.
     """
 
     name: str
     version: str
     notes: tuple[str, ...]
     parameters: int
-    step: Callable[[], float]
+    step: Callable[[], Tensor]
 
 
 class NotInstalledError(RuntimeError):
@@ -114,7 +114,7 @@ def hugging_face(
     inputs, labels = tokens[:, :-1].to(device), tokens[:, 1:].to(device)
     run = torch.compile(model) if compiled else model
 
-    def step() -> float:
+    def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         # As they are, `labels` would be shifted by one more.
         loss = run(input_ids=inputs, labels=labels, shift_labels=labels, use_cache=False).loss
@@ -122,7 +122,7 @@ def hugging_face(
         if optim.clip > 0:
             nn.utils.clip_grad_norm_(parameters, optim.clip)
         optimizer.step()
-        return loss.item()
+        return loss.detach()
 
     notes = ("all logits at once, in fp32",)
     if dtype != torch.float32:
@@ -188,7 +188,7 @@ def torchtitan(
     positions = torch.arange(length, device=device)[None]
     count = torch.tensor(length, device=device)
 
-    def step() -> float:
+    def step() -> Tensor:
         optimizers.zero_grad()
         more = {}
         if attention == "flex":
@@ -200,19 +200,19 @@ def torchtitan(
         if optim.clip > 0:
             titan.clip_grad_norm_(parameters, optim.clip, foreach=True)
         optimizers.step()
-        return loss.item()
+        return loss.detach()
 
     return Peer(
         name="torchtitan",
         version=version("torchtitan"),
-        notes=("FSDP2 on one rank", "loss in 8 chunks", f"{attention} attention", "no CUDA graph", *_OLD_NOTES),
+        notes=("FSDP2 on one rank", f"loss in {_CHUNKS} chunks", f"{attention} attention", "no CUDA graph"),
         parameters=sum(p.numel() for p in parameters),
         step=step,
     )
 
 
 _OLD_TORCH = not hasattr(torch.distributed.fsdp, "DataParallelMeshDims")
-_OLD_NOTES = ("the head's gradient reduced in every chunk, for an old torch",) if _OLD_TORCH else ()
+_CHUNKS = 1 if _OLD_TORCH else 8  # of its loss
 _TITAN_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
@@ -320,13 +320,13 @@ class _Titan:
         """Head and cross-entropy in chunks, which the model then leaves to it."""
         from torchtitan.components.loss import ChunkedLossWrapper
 
-        found = ChunkedLossWrapper.Config().build(compile_config=compilation)
+        found = ChunkedLossWrapper.Config(num_chunks=_CHUNKS).build(compile_config=compilation)
         if _OLD_TORCH:
             # It frees the head's weight after the last chunk, and with it the final norm's, which is of the same group
             # and yet to be differentiated: only a later torch gathers that again. What FSDP frees itself it still does.
             model.lm_head.reshard = lambda: None
             # It adds up the head's gradient in fp32 over the chunks, and such a torch reduces a group of one dtype
-            # alone: here every chunk's is reduced.
+            # alone: hence the one chunk, reduced at once.
             model.lm_head.set_requires_gradient_sync = lambda *_, **__: None
         found.set_lm_head(model.lm_head)
         model._skip_lm_head = True
