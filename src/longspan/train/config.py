@@ -236,6 +236,8 @@ class TrainConfig:
         save_every: steps between checkpoints; 0 for one at the end.
         keep: checkpoints that stay.
         resume: "latest", or "step_000100", or None to start.
+        tensorboard: a folder for TensorBoard's event files (with the extra longspan[tensorboard]); the option alone, or
+            "auto": ``tensorboard`` in the run's folder.
         prompt: of the completion sampled at the end; empty for none.
         limit_s: training stops (and evaluates) after so many seconds; 0 for no limit.
         timeout_s: a collective that takes longer fails, and the silent rank is named.
@@ -257,6 +259,7 @@ class TrainConfig:
     save_every: int = 0
     keep: int = 2
     resume: str | None = None
+    tensorboard: str | None = None
     prompt: str = "def "
     device: Literal["auto", "cpu", "cuda"] = "auto"
     limit_s: float = 0.0
@@ -297,6 +300,12 @@ class TrainConfig:
             raise ValueError(f"keep must be at least 1, got {self.keep}: the last checkpoint always stays")
         if self.timeout_s < 2:
             raise ValueError(f"timeout_s must be at least 2 (ranks answer every second), got {self.timeout_s}")
+
+    @property
+    def tensorboard_folder(self) -> Path | None:
+        if self.tensorboard is None:
+            return None
+        return self.out / "tensorboard" if self.tensorboard == "auto" else Path(self.tensorboard)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for config.json and the report."""

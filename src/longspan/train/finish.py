@@ -7,6 +7,7 @@ import platform
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,15 +41,16 @@ _SAMPLE_TOKENS = 240
 _TIMELINE_WORLD = 16  # more ranks than this are not drawn
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
     """What a finished run measured."""
 
     steps: int
+    tokens: int
     elapsed_s: float
-    headline: list[dict[str, Any]]
-    peak_bytes: list[int]
     stop_reason: str
+    headline: Sequence[dict[str, Any]] = ()
+    peak_bytes: Sequence[int] = ()
 
 
 def finish(setting: Setting, trainer: Trainer, outcome: Outcome) -> Path | None:
@@ -87,7 +89,7 @@ def finish(setting: Setting, trainer: Trainer, outcome: Outcome) -> Path | None:
     return report
 
 
-def baselines(setting: Setting, headline: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def baselines(setting: Setting, headline: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The model's figures with a byte bigram's and zlib's on the same bytes."""
     if not headline:
         return []
