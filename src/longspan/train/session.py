@@ -29,6 +29,7 @@ from longspan.train.liveness import Heartbeat, InterruptFlag
 from longspan.train.loop import Meter, NotFiniteError, Trainer, gathered, steps_of
 from longspan.train.manifest import step_name
 from longspan.train.metrics import MetricsWriter
+from longspan.train.profiling import StepProfile, span
 from longspan.train.progress import TrainProgress, say
 from longspan.train.records import Records
 from longspan.train.setting import Setting, first_on_rank_0, patient_group, resolve
@@ -156,30 +157,39 @@ def _train(setting: Setting, joined: Joined, heart: Heartbeat) -> bool:
         if setting.base:  # adapters alone are saved: they mean nothing beside other weights
             meta["base"] = setting.base
         records.flush()
-        store.save_async(done, trainer.model, trainer.optimizer, meta, trainer.model.boxes())
+        with span("checkpoint"):
+            store.save_async(done, trainer.model, trainer.optimizer, meta, trainer.model.boxes())
 
     def draw_ahead() -> list[tuple[Batch, Any]]:
         nonlocal lost
         try:
-            return next(steps)
+            with span("data"):
+                return next(steps)
         except DataWorkerError as error:  # the other ranks are told with the clock, and all save
             lost = str(error)
             return []
 
+    def tell(note: str) -> None:
+        if note:
+            records.event(done, note)
+            progress.message(note)
+
     loader = batches()
     steps = steps_of(loader)
+    profile = StepProfile(config.profiled, config.out / "profile", dist.get_rank(), device, done=done)
     with (
         ExitStack() as opened,
         InterruptFlag(announce="longspan: saving, then leaving" if first else None) as interrupt,
         TrainProgress(total, start_step=done, enabled=first) as progress,
     ):
         opened.callback(lambda: loader.close())
-        for note in setting.notes:
-            records.event(done, note)
-            progress.message(note)
+        opened.callback(profile.close)
+        for note in (*setting.notes, profile.missed()):
+            tell(note)
         micros = next(steps) if done < total else []
         while done < total and not stop_reason:
             heart.beat(done + 1)
+            profile.begin(done + 1)
             try:
                 with heart.watched():
                     figures = trainer.step(done, total, micros)
@@ -194,17 +204,17 @@ def _train(setting: Setting, joined: Joined, heart: Heartbeat) -> bool:
             waited_s = loader.waited_s
             micros = draw_ahead() if done < total else []
             waited_s = loader.waited_s - waited_s
-            interrupted, starved, elapsed_s, memory = _agreed(
-                interrupt.requested, bool(lost), time.perf_counter() - began, memory
-            )
+            with span("agreement"):
+                interrupted, starved, elapsed_s, memory = _agreed(
+                    interrupt.requested, bool(lost), time.perf_counter() - began, memory
+                )
             warming_up, step_s, before_s = before_s == 0.0, elapsed_s - before_s, elapsed_s
             tokens += shape.rows * shape.length
             shown = {"tokens_per_s": rate, "memory_bytes": memory, "sequence_length": shape.length}
             share = utilisation.of(rate, shape.length)
             records.step(done, tokens=position, **figures, **shown, **share, data_wait_s=waited_s)
             for note in trainer.notes():
-                records.event(done, note)
-                progress.message(note)
+                tell(note)
             left_s = _time_left(setting, done, tokens, elapsed_s)
             progress.update(done, loss=figures["loss"], **shown, time_left_s=left_s)
             if interrupted:
@@ -220,10 +230,13 @@ def _train(setting: Setting, joined: Joined, heart: Heartbeat) -> bool:
                 break
             if config.eval.every and setting.windows and done % config.eval.every == 0 and done < total:
                 shortest = min(setting.windows)
-                with heart.watched():
+                with heart.watched(), span("evaluation"):
                     score = held_out_score(trainer, setting, shortest)
                 records.eval(done, position, {shortest: score})
                 meter.read(0)  # the next step's rate is not the evaluation's
+            if taken := profile.end():
+                tell(taken)
+                meter.read(0)
             next_s = elapsed_s + step_s
             if warming_up and next_s <= config.limit_s:
                 next_s = elapsed_s  # a first step is mostly warm-up; no forecast, while there is time for another
@@ -236,6 +249,7 @@ def _train(setting: Setting, joined: Joined, heart: Heartbeat) -> bool:
                 loader = batches()
                 steps = steps_of(loader)
                 micros = next(steps)
+        tell(profile.finish())
         if saved != done:
             save()
         landed = store.wait()
