@@ -22,6 +22,7 @@ from longspan.context.geometry import Geometry
 from longspan.context.schedule import Sizes
 from longspan.context.timeline import timeline
 from longspan.hardware.devices import devices
+from longspan.layout.mesh import AXES
 from longspan.model import cost
 from longspan.model.config import LearnedPositionsConfig
 from longspan.model.generate import generate
@@ -30,6 +31,7 @@ from longspan.model.huggingface import load_pretrained, save_pretrained
 from longspan.train.data.evaluation import Bigram, corpus_bytes, scored_bytes, zlib_bits_per_byte
 from longspan.train.data.tokenizers import save_tokenizer
 from longspan.train.metrics import read_metrics
+from longspan.train.profiling import read_ranges
 from longspan.train.progress import say
 from longspan.train.report import ReportData, write_report
 
@@ -51,6 +53,7 @@ class Outcome:
     stop_reason: str
     headline: Sequence[dict[str, Any]] = ()
     peak_bytes: Sequence[int] = ()
+    held: Sequence[dict[str, Any]] = ()  # by rank, see `holdings`
 
 
 def finish(setting: Setting, trainer: Trainer, outcome: Outcome) -> Path | None:
@@ -177,9 +180,10 @@ def _report(
             "tokens": layout.local_sizes[place],
             "mask_area": geometry.area((layout.owned(place),), ((0, length),)),
             "memory_bytes": peak,
+            **{name: value for name, value in held.items() if name not in AXES or name in plan.axes()},
         }
-        for rank, peak in enumerate(outcome.peak_bytes)
-        for place in [rank // plan.tensor % plan.context]
+        for rank, (peak, held) in enumerate(zip(outcome.peak_bytes, outcome.held, strict=True))
+        for place in [held["context"]]
     ]
     ownership = [
         [(s.start, s.start + (s.num_tokens - 1) * s.step + 1, s.step) for s in segments if s.num_tokens]
@@ -198,6 +202,9 @@ def _report(
         evals=[r for r in records if r["kind"] == "eval"],
         events=[r for r in records if r["kind"] == "event"],
         ranks=ranks,
+        axes=plan.axes(),
+        num_parameters=parameters,
+        ranges=read_ranges(config.out / "profile"),
         num_tokens=length,
         ownership=ownership,
         layout=layout.name,

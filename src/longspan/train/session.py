@@ -24,6 +24,7 @@ from longspan.train.data.evaluation import bits_per_byte, scored_bytes
 from longspan.train.data.loader import BatchLoader, DataWorkerError
 from longspan.train.data.stream import TokenStream
 from longspan.train.finish import Outcome, finish
+from longspan.train.holdings import holdings
 from longspan.train.launch import Joined, discover, init_process_group
 from longspan.train.liveness import Heartbeat, InterruptFlag
 from longspan.train.loop import Meter, NotFiniteError, Trainer, gathered, steps_of
@@ -283,7 +284,7 @@ def _conclude(setting: Setting, trainer: Trainer, records: Records, outcome: Out
     if setting.train.labelled and dist.get_rank() == 0:
         for loss, _ in scores.values():
             say(f"held-out loss of the assistant's tokens: {loss:.3f} nats a token", sys.stdout)
-    finish(setting, trainer, replace(outcome, headline=headline, peak_bytes=peaks))
+    finish(setting, trainer, replace(outcome, headline=headline, peak_bytes=peaks, held=holdings(trainer)))
 
 
 def _time_left(setting: Setting, done: int, tokens: int, elapsed_s: float) -> float:
