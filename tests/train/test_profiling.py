@@ -139,6 +139,12 @@ def test_a_jump_over_the_first_step_takes_the_next_ones(tmp_path: Path) -> None:
         said.append(profile.end())
     assert [bool(words) for words in said] == [False, False, True, False]
     assert {row["step"] for row in read_ranges(tmp_path)} == {7, 8}
+    assert said[2].startswith("steps 7 to 8 were profiled")
+    apart = StepProfile(range(1, 3), tmp_path, 0, CPU, done=0)
+    for step in (1, 9):
+        apart.begin(step)
+        words = apart.end()
+    assert words.startswith("steps 1, 9 were profiled")
 
 
 def test_a_full_disk_costs_the_profile_and_not_the_run(tmp_path: Path) -> None:

@@ -183,7 +183,8 @@ class Trainer:
         number of labels of all ranks. A GPU may still be at work: nothing has waited for it."""
         mesh, labels = self.mesh, sum(batch.num_labels for batch, _ in micros)
         # Ranks that share a sequence or its layers hold the same batch: count it once.
-        (total,) = reduce_sums([labels / (mesh.context.size * mesh.tensor.size * mesh.pipeline.size)])
+        with span("agreement"):
+            (total,) = reduce_sums([labels / (mesh.context.size * mesh.tensor.size * mesh.pipeline.size)])
         total = max(1.0, round(total))
         # FSDP averages gradients over the token ranks; the loss is a sum over them.
         scale = mesh.tokens.size / total
@@ -277,7 +278,8 @@ class Trainer:
         backward = self._backward(micros)
         with span("gradient norm"):
             norm = self.gradient_norm()
-        losses, size = self._losses(*backward), norm.item()
+        with span("agreement"):
+            losses, size = self._losses(*backward), norm.item()
         loss = losses["loss"]
         if not (math.isfinite(loss) and math.isfinite(size)):
             raise NotFiniteError(

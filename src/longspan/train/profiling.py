@@ -9,7 +9,7 @@ number of steps, which is why that is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -138,8 +138,7 @@ class StepProfile:
             (self._folder / f"{name}.ranges.json").write_text(json.dumps(found) + "\n")
         except OSError as error:
             return f"the profile could not be written: {error.strerror}; training goes on"
-        steps = range(self._taken[0], self._taken[-1] + 1)
-        return f"{_words(steps, was=True)} profiled: traces for ui.perfetto.dev in {self._folder}"
+        return f"{_words(self._taken, was=True)} profiled: traces for ui.perfetto.dev in {self._folder}"
 
 
 def read_ranges(folder: Path) -> list[dict[str, Any]]:
@@ -163,15 +162,17 @@ def _profiler(device: torch.device, *, warm_up: bool) -> torch.profiler.profile:
     return torch.profiler.profile(activities=activities, schedule=schedule)
 
 
-def _words(steps: range, was: bool = False) -> str:
+def _words(steps: Sequence[int], was: bool = False) -> str:
     if len(steps) == 1:
-        return f"step {steps.start} {'was' if was else 'is'}"
-    return f"steps {steps.start} to {steps.stop - 1} {'were' if was else 'are'}"
+        return f"step {steps[0]} {'was' if was else 'is'}"
+    whole = steps[-1] - steps[0] + 1 == len(steps)  # a run with a time limit leaves steps out
+    named = f"{steps[0]} to {steps[-1]}" if whole else ", ".join(map(str, steps))
+    return f"steps {named} {'were' if was else 'are'}"
 
 
 def _table(profiler: torch.profiler.profile, device: torch.device, steps: list[int]) -> str:
     by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    title = f"The {_ROWS} operators and ranges that took longest themselves, steps {steps[0]} to {steps[-1]} together\n"
+    title = f"The {_ROWS} operators and ranges that took longest themselves; {_words(steps, was=True)} profiled\n"
     return title + profiler.key_averages().table(sort_by=by, row_limit=_ROWS, max_name_column_width=48)
 
 

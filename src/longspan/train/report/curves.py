@@ -79,7 +79,7 @@ def throughput(data: ReportData) -> Child:
     ]
     if data.ranks:
         columns = ["rank", "device", "tokens", "mask_area", "tokens_per_s", "memory_bytes", "memory_limit_bytes"]
-        columns += sorted({name for row in data.ranks for name in row} - set(columns))
+        columns += sorted({name for row in data.ranks for name in row} - {*columns, *data.axes, "layers", "parameters"})
         figures += [tag("h3", "By rank"), table("What each rank held and did.", data.ranks, columns)]
     return figures
 

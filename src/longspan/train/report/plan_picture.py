@@ -44,7 +44,7 @@ def plan_picture(ranks: Sequence[Row], axes: Mapping[str, int], width: float, ui
         frames.setdefault(tuple(row.get(axis, 0) for axis in _OUTER), []).append(row)
     columns = min(columns, max(len(held) for held in frames.values()))
     box = min((inside + _GAP) / columns - _GAP, 260.0)
-    height = 14 + _LINE * max(len(lines) for lines in texts.values())
+    height = 26 + _LINE * max(len(lines) for lines in texts.values())
     # Frames of few boxes stand beside each other.
     frame = columns * (box + _GAP) - _GAP + 2 * _PAD
     beside = max(1, int((width + _GAP) // (frame + _GAP)))
@@ -96,5 +96,5 @@ def _box(row: Row, lines: list[str], x: float, y: float, width: float, height: f
     texts += [
         tag("text", line, x=x + 10, y=y + 17 + _LINE * index, class_="small") for index, line in enumerate(lines, 1)
     ]
-    rect = tag("rect", tip, x=x, y=y, width=width, height=height + _LINE - 8, rx=4, class_="box")
+    rect = tag("rect", tip, x=x, y=y, width=width, height=height, rx=4, class_="box")
     return tag("g", join([rect, *texts]), class_=colour)

@@ -38,7 +38,7 @@ def step(data: ReportData) -> Child:
     number = _typical([row for row in steps if row["rank"] == ranks[0]])
     several = sorted({row["step"] for row in steps})
     words = f"Step {number}"
-    words += f", of the profiled steps {several[0]} to {several[-1]} the one of median length" if several[1:] else ""
+    words += f", of the profiled steps {', '.join(map(str, several))} the one of median length" if several[1:] else ""
     words += (
         ", as the host of each rank saw it: from its own beginning of the step, gaps being what has no name. A range "
         "has the time spent waiting for other ranks in it. "
@@ -48,10 +48,11 @@ def step(data: ReportData) -> Child:
         words += f" The first {MOST_RANKS} of {len(ranks)} ranks are drawn."
     shown = [row for row in data.ranges if row["step"] == number and row["rank"] in ranks[:MOST_RANKS]]
     names = [name for name in _STYLES if any(row["name"] == name for row in shown)]
+    styles = dict.fromkeys(_STYLES[name] for name in names)
     return [
         tag("p", words, class_="caption"),
         figures_of(lambda width, uid: _draw(shown, number, width, uid), "step-time"),
-        legend([(_STYLES[name], name, "") for name in names]),
+        legend([(style, ", ".join(name for name in names if _STYLES[name] == style), "") for style in styles]),
         table(f"Mean time of a profiled step, in ms ({len(several)} steps).", *_means(data.ranges, ranks)),
         folded("Ranges as a table", table("Named ranges, in ms.", data.ranges, _COLUMNS, most=600)),
     ]
