@@ -25,6 +25,7 @@ import tyro
 from longspan import __version__
 
 _T = TypeVar("_T")
+_ALONE = ("--tensorboard", "--profile")  # options of `longspan train`, "auto" without a value
 _DEMO_MARK = ".longspan-demo"  # only a folder that holds it is removed
 
 
@@ -145,6 +146,7 @@ def _train(argv: Sequence[str]) -> int:
     from longspan.train.liveness import started_by_launcher
 
     ranks, rest = _take_ranks(argv)
+    rest = _with_values(rest)
     if {"-h", "--help"} & set(rest):
         print("longspan train --ranks N [options] starts N ranks on this machine; the options of each:\n")
     config = parse(TrainConfig, rest, "longspan train", also=("--ranks",))
@@ -185,6 +187,16 @@ def _take_ranks(argv: Sequence[str]) -> tuple[int | None, list[str]]:
             raise ValueError(f"--ranks must be a number of at least 1, got {text!r}")
         ranks = int(text)
     return ranks, rest
+
+
+def _with_values(argv: Sequence[str]) -> list[str]:
+    """Options that may stand alone get the value that they then have."""
+    filled: list[str] = []
+    for item, after in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
+        filled.append(item)
+        if item in _ALONE and after.startswith("--"):
+            filled.append("auto")
+    return filled
 
 
 def _rank(config: Any, command: str) -> int:

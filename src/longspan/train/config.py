@@ -17,6 +17,7 @@ from longspan.model.lora import LoraConfig
 from longspan.plan.plan import Plan
 from longspan.train.data.batches import BatchPlan, Packing, warmup_plan
 from longspan.train.data.corpus import CorpusConfig
+from longspan.train.profiling import MOST_STEPS, profiled_steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,6 +237,10 @@ class TrainConfig:
         save_every: steps between checkpoints; 0 for one at the end.
         keep: checkpoints that stay.
         resume: "latest", or "step_000100", or None to start.
+        tensorboard: a folder for TensorBoard's event files (with the extra longspan[tensorboard]); the option alone, or
+            "auto": ``tensorboard`` in the run's folder.
+        profile: FIRST:COUNT, steps (from 1) that torch's profiler traces on every rank, into ``profile`` of the run's
+            folder; the option alone, or "auto": 3:3.
         prompt: of the completion sampled at the end; empty for none.
         limit_s: training stops (and evaluates) after so many seconds; 0 for no limit.
         timeout_s: a collective that takes longer fails, and the silent rank is named.
@@ -257,6 +262,8 @@ class TrainConfig:
     save_every: int = 0
     keep: int = 2
     resume: str | None = None
+    tensorboard: str | None = None
+    profile: str | None = None
     prompt: str = "def "
     device: Literal["auto", "cpu", "cuda"] = "auto"
     limit_s: float = 0.0
@@ -295,8 +302,24 @@ class TrainConfig:
             )
         if self.keep < 1:
             raise ValueError(f"keep must be at least 1, got {self.keep}: the last checkpoint always stays")
+        if self.profiled is not None and self.profiled.stop - 1 > self.batch.steps:
+            raise ValueError(
+                f"steps {self.profiled.start} to {self.profiled.stop - 1} are to be profiled, got a run of "
+                f"{self.batch.steps} steps; say --profile 1:{min(MOST_STEPS, self.batch.steps)}, or raise --batch.steps"
+            )
         if self.timeout_s < 2:
             raise ValueError(f"timeout_s must be at least 2 (ranks answer every second), got {self.timeout_s}")
+
+    @property
+    def profiled(self) -> range | None:
+        """The steps to be profiled."""
+        return None if self.profile is None else profiled_steps(self.profile)
+
+    @property
+    def tensorboard_folder(self) -> Path | None:
+        if self.tensorboard is None:
+            return None
+        return self.out / "tensorboard" if self.tensorboard == "auto" else Path(self.tensorboard)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for config.json and the report."""

@@ -7,6 +7,7 @@ import platform
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from longspan.context.geometry import Geometry
 from longspan.context.schedule import Sizes
 from longspan.context.timeline import timeline
 from longspan.hardware.devices import devices
+from longspan.layout.mesh import AXES
 from longspan.model import cost
 from longspan.model.config import LearnedPositionsConfig
 from longspan.model.generate import generate
@@ -29,6 +31,7 @@ from longspan.model.huggingface import load_pretrained, save_pretrained
 from longspan.train.data.evaluation import Bigram, corpus_bytes, scored_bytes, zlib_bits_per_byte
 from longspan.train.data.tokenizers import save_tokenizer
 from longspan.train.metrics import read_metrics
+from longspan.train.profiling import read_ranges
 from longspan.train.progress import say
 from longspan.train.report import ReportData, write_report
 
@@ -40,15 +43,17 @@ _SAMPLE_TOKENS = 240
 _TIMELINE_WORLD = 16  # more ranks than this are not drawn
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
     """What a finished run measured."""
 
     steps: int
+    tokens: int
     elapsed_s: float
-    headline: list[dict[str, Any]]
-    peak_bytes: list[int]
     stop_reason: str
+    headline: Sequence[dict[str, Any]] = ()
+    peak_bytes: Sequence[int] = ()
+    held: Sequence[dict[str, Any]] = ()  # by rank, see `holdings`
 
 
 def finish(setting: Setting, trainer: Trainer, outcome: Outcome) -> Path | None:
@@ -87,7 +92,7 @@ def finish(setting: Setting, trainer: Trainer, outcome: Outcome) -> Path | None:
     return report
 
 
-def baselines(setting: Setting, headline: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def baselines(setting: Setting, headline: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The model's figures with a byte bigram's and zlib's on the same bytes."""
     if not headline:
         return []
@@ -175,9 +180,10 @@ def _report(
             "tokens": layout.local_sizes[place],
             "mask_area": geometry.area((layout.owned(place),), ((0, length),)),
             "memory_bytes": peak,
+            **{name: value for name, value in held.items() if name not in AXES or name in plan.axes()},
         }
-        for rank, peak in enumerate(outcome.peak_bytes)
-        for place in [rank // plan.tensor % plan.context]
+        for rank, (peak, held) in enumerate(zip(outcome.peak_bytes, outcome.held, strict=True))
+        for place in [held["context"]]
     ]
     ownership = [
         [(s.start, s.start + (s.num_tokens - 1) * s.step + 1, s.step) for s in segments if s.num_tokens]
@@ -196,6 +202,9 @@ def _report(
         evals=[r for r in records if r["kind"] == "eval"],
         events=[r for r in records if r["kind"] == "event"],
         ranks=ranks,
+        axes=plan.axes(),
+        num_parameters=parameters,
+        ranges=read_ranges(config.out / "profile"),
         num_tokens=length,
         ownership=ownership,
         layout=layout.name,

@@ -42,6 +42,7 @@ from longspan.train.evaluate import make_context, reduce_sums, total_nats
 from longspan.train.parallel import check_plan, expert_split, master_weights, parallelise, stream, tensor_split
 from longspan.train.pipeline import Micro, Pipeline, Stage, ranks_of_stages, stage_layers
 from longspan.train.prepare import Prepared, make_prepare
+from longspan.train.profiling import span
 
 
 class NotFiniteError(RuntimeError):
@@ -187,12 +188,14 @@ class Trainer:
         has waited for it."""
         mesh, labels = self.mesh, sum(batch.num_labels for batch, _ in micros)
         # Ranks that share a sequence or its layers hold the same batch: count it once.
-        (total,) = reduce_sums([labels / (mesh.context.size * mesh.tensor.size * mesh.pipeline.size)])
+        with span("agreement"):
+            (total,) = reduce_sums([labels / (mesh.context.size * mesh.tensor.size * mesh.pipeline.size)])
         total = max(1.0, round(total))
         # FSDP averages gradients over the token ranks; the loss is a sum over them.
         scale = mesh.tokens.size / total
         if self.pipeline is not None:
-            ready = [self._micro(*given) for given in micros]
+            with span("data"):
+                ready = [self._micro(*given) for given in micros]
             nats = torch.tensor(self.pipeline.step(ready, scale), dtype=torch.float64)
         else:
             nats = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -201,13 +204,18 @@ class Trainer:
                     self.model.set_requires_gradient_sync(index == len(micros) - 1)
                 if self.masters is not None:
                     self.masters.work()
-                loss, _, aux = self.model.losses(*self._micro(*given))
-                ((loss if aux is None else loss + aux) * scale).backward()
+                with span("data"):
+                    micro = self._micro(*given)
+                with span("forward"):
+                    loss, _, aux = self.model.losses(*micro)
+                with span("backward"):
+                    ((loss if aux is None else loss + aux) * scale).backward()
                 nats += torch.stack([x.detach().double() for x in (loss, loss * 0 if aux is None else aux)])
                 if self.masters is not None and len(micros) > 1:
                     self.masters.settle()  # sums are in fp32
         self.settle()
-        self._sum_shared()
+        with span("gradient sums"):
+            self._sum_shared()
         return nats, total
 
     def _losses(self, nats: list[float], total: float) -> dict[str, float]:
@@ -273,10 +281,12 @@ class Trainer:
         """One optimiser step. Raises NotFiniteError before the update where loss or gradient is not finite."""
         self.optimizer.zero_grad(set_to_none=True)
         nats, total = self._backward(micros)
-        norm = self.gradient_norm()
-        # The one time that the host waits for the device: it has the optimiser's work before it waits again.
-        *local, size = torch.cat([nats.to(norm.device), norm.double()[None]]).tolist()
-        losses = self._losses(local, total)
+        with span("gradient norm"):
+            norm = self.gradient_norm()
+        with span("agreement"):
+            # The one time that the host waits for the device: it has the optimiser's work before it waits again.
+            *local, size = torch.cat([nats.to(norm.device), norm.double()[None]]).tolist()
+            losses = self._losses(local, total)
         loss = losses["loss"]
         if not (math.isfinite(loss) and math.isfinite(size)):
             if self.masters is not None:
@@ -286,6 +296,11 @@ class Trainer:
                 f"optimiser step; the largest gradient is in {largest_gradient(self.model)}"
             )
         rate = self.config.optim.rate(step, num_steps)
+        with span("optimizer"):
+            self._update(rate, size, norm)
+        return {**losses, "gradient_norm": size, "learning_rate": rate}
+
+    def _update(self, rate: float, size: float, norm: Tensor) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         clips = 0 < self.config.optim.clip < size  # else nothing would change
@@ -297,7 +312,6 @@ class Trainer:
                     torch.nn.utils.clip_grads_with_norm_(group["params"], self.config.optim.clip, norm)
             self.optimizer.step()
         self.model.balance(self._last_context)
-        return {**losses, "gradient_norm": size, "learning_rate": rate}
 
 
 def _square_sum(tensors: list[Tensor]) -> Tensor:

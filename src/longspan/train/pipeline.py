@@ -39,6 +39,7 @@ from longspan.model.decoder import DecoderLM
 from longspan.model.part import Layers
 from longspan.plan.plan import Plan
 from longspan.train.data.batches import BatchPlan
+from longspan.train.profiling import span
 
 SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
@@ -113,6 +114,22 @@ class _WithAux(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         return grads[0], ctx.aux, None
+
+
+class _SpannedStage(PipelineStage):
+    """Torch's, with the trainer's named ranges around its work: only some of torch's schedules have their own."""
+
+    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        with span("forward"):
+            return super().forward_one_chunk(*args, **kwargs)
+
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        with span("backward"):
+            return super().backward_one_chunk(*args, **kwargs)
+
+    def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        with span("backward"):
+            return super().backward_weight_one_chunk(*args, **kwargs)
 
 
 def stage_layers(num_layers: int, plan: Plan) -> list[range]:
@@ -200,7 +217,7 @@ class Pipeline:
             first, last = stage.index == 0, stage.index == len(self.ranks) - 1
             loss = torch.empty((), device="meta")
             made.append(
-                PipelineStage(
+                _SpannedStage(
                     stage,
                     stage.index,
                     len(self.ranks),

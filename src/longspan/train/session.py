@@ -8,12 +8,11 @@ and report.html.
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,15 +24,18 @@ from longspan.train.data.evaluation import bits_per_byte, scored_bytes
 from longspan.train.data.loader import BatchLoader, DataWorkerError
 from longspan.train.data.stream import TokenStream
 from longspan.train.finish import Outcome, finish
-from longspan.train.launch import discover, init_process_group
+from longspan.train.holdings import holdings
+from longspan.train.launch import Joined, discover, init_process_group
 from longspan.train.liveness import Heartbeat, InterruptFlag
 from longspan.train.loop import Meter, NotFiniteError, Trainer, gathered, steps_of
 from longspan.train.manifest import step_name
 from longspan.train.metrics import MetricsWriter
+from longspan.train.profiling import StepProfile, span
 from longspan.train.progress import TrainProgress, say
+from longspan.train.records import Records
 from longspan.train.setting import Setting, first_on_rank_0, patient_group, resolve
-
-log = logging.getLogger(__name__)
+from longspan.train.tensorboard import Board
+from longspan.train.utilisation import Utilisation
 
 
 def held_out_score(trainer: Trainer, setting: Setting, context: int) -> tuple[float, float | None]:
@@ -73,7 +75,7 @@ def run(config: TrainConfig, command: str = "") -> bool:
             timeout_s=config.timeout_s,
             watchdog_s=watchdog_s,
         ) as heart:
-            return _train(setting, joined.device, heart)
+            return _train(setting, joined, heart)
     finally:
         dist.destroy_process_group()
 
@@ -87,35 +89,6 @@ def _resume_step(config: TrainConfig, store: CheckpointStore) -> int | None:
     if not digits.isdigit():
         raise ValueError(f"resume must be 'latest' or a checkpoint such as step_000100, got {config.resume!r}")
     return int(digits)
-
-
-class Records:
-    """The metrics of a run; on ranks other than 0 every call does nothing. A full disk costs a record, not the run."""
-
-    def __init__(self, writer: MetricsWriter | None) -> None:
-        self._writer = writer
-
-    def step(self, step: int, **values: Any) -> None:
-        self._write("step", step, **values)
-
-    def eval(self, step: int, scores: Mapping[int, tuple[float, float | None]]) -> None:
-        for context, (loss, bits) in scores.items():
-            figures = {} if bits is None else {"bits_per_byte": bits}
-            self._write("eval", step, loss=loss, sequence_length=context, **figures)
-
-    def event(self, step: int, message: str) -> None:
-        self._write("event", step, message)
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-    def _write(self, kind: Literal["step", "eval", "event"], step: int, *values: Any, **named: Any) -> None:
-        try:
-            if self._writer is not None:
-                getattr(self._writer, kind)(step, *values, **named)
-        except OSError as error:
-            log.warning("metrics of step %d were not written: %s; training goes on", step, error)
 
 
 def _begin(setting: Setting, store: CheckpointStore, trainer: Trainer) -> tuple[int, int | None, Records]:
@@ -134,23 +107,38 @@ def _begin(setting: Setting, store: CheckpointStore, trainer: Trainer) -> tuple[
 
     def records() -> Records:
         if dist.get_rank() != 0:
-            return Records(None)
+            return Records()
         writer = MetricsWriter(out / "metrics.jsonl", resume_step=done if config.resume is not None else None)
         (out / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         (out / "plan.json").write_text(setting.plan.to_json() + "\n")
         (out / "model.json").write_text(setting.decoder.to_json() + "\n")
-        return Records(writer)
+        if (folder := config.tensorboard_folder) is None:
+            return Records(writer)
+        board = Board(folder, step=done, tokens=position or 0)
+        board.text(
+            done, {"config": config.to_dict(), "plan": setting.plan.to_dict(), "model": setting.decoder.to_dict()}
+        )
+        return Records(writer, board)
 
     return done, position, first_on_rank_0(records, setting.group)
 
 
-def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> bool:
+def _train(setting: Setting, joined: Joined, heart: Heartbeat) -> bool:
+    device = joined.device
     config, total, first = setting.config, setting.batches.num_steps, dist.get_rank() == 0
     store = CheckpointStore(config.out / "checkpoints", keep=config.keep)
     trainer = Trainer(config, setting.decoder, setting.plan, device)
     done, position, records = _begin(setting, store, trainer)
     saved, tokens, stop_reason, lost = done, 0, "", ""
     began, before_s, meter = time.perf_counter(), 0.0, Meter(device)
+    whole_rows = config.batch.packing == "stream" and not (config.lora.rank or config.freeze or setting.train.labelled)
+    utilisation = Utilisation(
+        setting.decoder,
+        setting.plan,
+        device,
+        world=dist.get_world_size(),
+        known=whole_rows and not joined.staged,
+    )
 
     def batches() -> BatchLoader:
         return BatchLoader(
@@ -169,30 +157,40 @@ def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> bool:
         meta |= {"plan": setting.plan.to_dict()}
         if setting.base:  # adapters alone are saved: they mean nothing beside other weights
             meta["base"] = setting.base
-        store.save_async(done, trainer.model, trainer.optimizer, meta, trainer.model.boxes())
+        records.flush()
+        with span("checkpoint"):
+            store.save_async(done, trainer.model, trainer.optimizer, meta, trainer.model.boxes())
 
     def draw_ahead() -> list[tuple[Batch, Any]]:
         nonlocal lost
         try:
-            return next(steps)
+            with span("data"):
+                return next(steps)
         except DataWorkerError as error:  # the other ranks are told with the clock, and all save
             lost = str(error)
             return []
 
+    def tell(note: str) -> None:
+        if note:
+            records.event(done, note)
+            progress.message(note)
+
     loader = batches()
     steps = steps_of(loader)
+    profile = StepProfile(config.profiled, config.out / "profile", dist.get_rank(), device, done=done)
     with (
         ExitStack() as opened,
         InterruptFlag(announce="longspan: saving, then leaving" if first else None) as interrupt,
         TrainProgress(total, start_step=done, enabled=first) as progress,
     ):
         opened.callback(lambda: loader.close())
-        for note in setting.notes:
-            records.event(done, note)
-            progress.message(note)
+        opened.callback(profile.close)
+        for note in (*setting.notes, profile.missed()):
+            tell(note)
         micros = next(steps) if done < total else []
         while done < total and not stop_reason:
             heart.beat(done + 1)
+            profile.begin(done + 1)
             try:
                 with heart.watched():
                     figures = trainer.step(done, total, micros)
@@ -207,16 +205,17 @@ def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> bool:
             waited_s = loader.waited_s
             micros = draw_ahead() if done < total else []
             waited_s = loader.waited_s - waited_s
-            interrupted, starved, elapsed_s, memory = _agreed(
-                interrupt.requested, bool(lost), time.perf_counter() - began, memory
-            )
+            with span("agreement"):
+                interrupted, starved, elapsed_s, memory = _agreed(
+                    interrupt.requested, bool(lost), time.perf_counter() - began, memory
+                )
             warming_up, step_s, before_s = before_s == 0.0, elapsed_s - before_s, elapsed_s
             tokens += shape.rows * shape.length
             shown = {"tokens_per_s": rate, "memory_bytes": memory, "sequence_length": shape.length}
-            records.step(done, **figures, **shown, data_wait_s=waited_s)
+            share = utilisation.of(rate, shape.length)
+            records.step(done, tokens=position, **figures, **shown, **share, data_wait_s=waited_s)
             for note in trainer.notes():
-                records.event(done, note)
-                progress.message(note)
+                tell(note)
             left_s = _time_left(setting, done, tokens, elapsed_s)
             progress.update(done, loss=figures["loss"], **shown, time_left_s=left_s)
             if interrupted:
@@ -232,10 +231,13 @@ def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> bool:
                 break
             if config.eval.every and setting.windows and done % config.eval.every == 0 and done < total:
                 shortest = min(setting.windows)
-                with heart.watched():
+                with heart.watched(), span("evaluation"):
                     score = held_out_score(trainer, setting, shortest)
-                records.eval(done, {shortest: score})
+                records.eval(done, position, {shortest: score})
                 meter.read(0)  # the next step's rate is not the evaluation's
+            if taken := profile.end():
+                tell(taken)
+                meter.read(0)
             next_s = elapsed_s + step_s
             if warming_up and next_s <= config.limit_s:
                 next_s = elapsed_s  # a first step is mostly warm-up; no forecast, while there is time for another
@@ -248,6 +250,7 @@ def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> bool:
                 loader = batches()
                 steps = steps_of(loader)
                 micros = next(steps)
+        tell(profile.finish())
         if saved != done:
             save()
         landed = store.wait()
@@ -263,25 +266,25 @@ def _train(setting: Setting, device: torch.device, heart: Heartbeat) -> bool:
             records.close()
             kept = f"checkpoint {step_name(done)} saved" if landed else "the checkpoint could not be saved"
             raise DataWorkerError(f"{_first_words(lost)} ({kept})")
-    _conclude(setting, trainer, records, done, time.perf_counter() - began, stop_reason)
+    elapsed_s = time.perf_counter() - began
+    outcome = Outcome(steps=done, tokens=position or 0, elapsed_s=elapsed_s, stop_reason=stop_reason)
+    _conclude(setting, trainer, records, outcome)
     return True
 
 
-def _conclude(
-    setting: Setting, trainer: Trainer, records: Records, done: int, elapsed_s: float, stop_reason: str
-) -> None:
+def _conclude(setting: Setting, trainer: Trainer, records: Records, outcome: Outcome) -> None:
     """The last evaluation, at every context, and what is left behind. Collective."""
     scores = {context: held_out_score(trainer, setting, context) for context in sorted(setting.windows)}
-    records.eval(done, scores)
-    if stop_reason:
-        records.event(done, f"stopped after {elapsed_s:.0f} s ({stop_reason})")
+    records.eval(outcome.steps, outcome.tokens, scores)
+    if outcome.stop_reason:
+        records.event(outcome.steps, f"stopped after {outcome.elapsed_s:.0f} s ({outcome.stop_reason})")
     records.close()
     peaks = [int(peak) for peak in gathered(Meter(trainer.device).read(1)[1])]
     headline = [{"context": context, "model": bits} for context, (_, bits) in scores.items() if bits is not None]
     if setting.train.labelled and dist.get_rank() == 0:
         for loss, _ in scores.values():
             say(f"held-out loss of the assistant's tokens: {loss:.3f} nats a token", sys.stdout)
-    finish(setting, trainer, Outcome(done, elapsed_s, headline, peaks, stop_reason))
+    finish(setting, trainer, replace(outcome, headline=headline, peak_bytes=peaks, held=holdings(trainer)))
 
 
 def _time_left(setting: Setting, done: int, tokens: int, elapsed_s: float) -> float:

@@ -33,6 +33,7 @@ from longspan.train.data.tokenizers import Tokenizer, load_tokenizer
 from longspan.train.loop import outline
 from longspan.train.parallel import check_plan
 from longspan.train.pipeline import check_micros
+from longspan.train.tensorboard import check_tensorboard
 
 _T = TypeVar("_T")
 _READING = timedelta(hours=12)
@@ -134,6 +135,8 @@ def check_folder(config: TrainConfig) -> bool:
             f"the run's folder {config.out} already holds the metrics of a run without a checkpoint; choose another "
             "--out, or remove the folder"
         )
+    if (folder := config.tensorboard_folder) is not None and dist.get_rank() == 0:  # the one that writes
+        check_tensorboard(folder, resumes=config.resume is not None)
     return True
 
 

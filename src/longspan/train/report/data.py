@@ -24,7 +24,12 @@ class ReportData:
         evals: the "eval" records (``step``, ``sequence_length``, ``loss``).
         events: the "event" records (``step``, ``message``).
         ranks: a dict for each rank: ``rank`` and any of ``device``, ``tokens``, ``mask_area`` (allowed pairs),
-            ``tokens_per_s``, ``memory_bytes`` (peak), ``memory_limit_bytes``.
+            ``tokens_per_s``, ``memory_bytes`` (peak), ``memory_limit_bytes``; see ``axes``.
+        axes: sizes of the plan's axes by name; ``ranks`` then have their coordinates by the same names, and any of
+            ``layers`` (text) and ``parameters`` (elements kept).
+        num_parameters: of the whole model.
+        ranges: named ranges of profiled steps: ``rank``, ``step``, ``name``, ``start_ms``, ``duration_ms``; one named
+            "step" for every rank and step.
         num_tokens: length of the global sequence that ``ownership`` splits.
         ownership: for each rank its segments (start, stop, step) in global positions.
         layout: name of that layout.
@@ -51,6 +56,9 @@ class ReportData:
     evals: Sequence[Row] = ()
     events: Sequence[Row] = ()
     ranks: Sequence[Row] = ()
+    axes: Row = field(default_factory=dict)
+    num_parameters: int = 0
+    ranges: Sequence[Row] = ()
     num_tokens: int = 0
     ownership: Sequence[Sequence[tuple[int, int, int]]] = ()
     layout: str = ""
@@ -80,6 +88,8 @@ class ReportData:
             _need(row, ("step", "message"), "events")
         for row in self.ranks:
             _need(row, ("rank",), "ranks")
+        for row in self.ranges:
+            _need(row, ("rank", "step", "name", "start_ms", "duration_ms"), "ranges")
         for rank, segments in enumerate(self.ownership):
             for segment in segments:
                 _check_segment(rank, segment, self.num_tokens)

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 from longspan.train.markup import Child, Raw, join, tag
-from longspan.train.report import sections
+from longspan.train.report import curves, sections, step_timeline
 from longspan.train.report.data import ReportData
+from longspan.train.report.figures import nothing
 from longspan.train.report.style import CSS, SCRIPT
 
 
@@ -29,18 +30,20 @@ def render_report(report: ReportData) -> str:
     """The page as text: well-formed XML and HTML, no reference to anything outside itself."""
     contents: tuple[tuple[str, str, Child], ...] = (
         ("headline", "Held-out bits per byte", sections.headline(report)),
-        ("loss", "Loss", sections.loss(report)),
-        ("throughput", "Throughput and memory", sections.throughput(report)),
+        ("loss", "Loss", curves.loss(report)),
+        ("throughput", "Throughput and memory", curves.throughput(report)),
+        ("optimizer", "Learning rate and gradient", curves.optimizer(report)),
+        ("plan", "Plan: what each rank holds", sections.plan(report)),
         ("ownership", "Who holds which tokens", sections.ownership(report)),
+        ("step", "Timeline of one training step", step_timeline.step(report)),
         ("timeline", "Timeline of one attention schedule", sections.timeline(report)),
         ("sample", "Sampled completion", sections.sample(report)),
         ("config", "Resolved config", sections.settings(report.config, "Show the config", "no config was given")),
-        ("plan", "Plan", sections.settings(report.plan, "Show the plan", "no plan was given")),
         ("hardware", "Hardware and versions", sections.hardware(report)),
         (
             "command",
             "Command",
-            tag("pre", report.command) if report.command else sections.nothing("no command was given"),
+            tag("pre", report.command) if report.command else nothing("no command was given"),
         ),
     )
     links = [tag("a", title, href=f"#{name}") for name, title, _ in contents]

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeGuard
 
-from longspan.train.markup import Child, Raw, join, tag
+from longspan.train.markup import Child, Raw, tag
 from longspan.train.report.data import ReportData, Row
+from longspan.train.report.figures import WIDE, figures_of, nothing
 from longspan.train.report.ownership import magnified, num_held, ownership_strips
-from longspan.train.report.tables import folded, loss_text, table
+from longspan.train.report.plan_picture import MOST_RANKS as MOST_BOXES
+from longspan.train.report.plan_picture import SHARED, plan_picture
+from longspan.train.report.tables import folded, table
 from longspan.train.report.tables import value as cell
 from longspan.train.report.timeline import MOST_RANKS, draw_timeline
-from longspan.train.svg import Chart, Series, line_chart
-from longspan.train.units import bytes_text, count
-
-_WIDE, _NARROW = 880.0, 350.0
-_SMOOTH_FROM = 80  # steps from which the loss gets a running mean beside the raw line
-
-
-def nothing(what: str) -> Raw:
-    return tag("p", f"Nothing was recorded here: {what}.", class_="caption")
 
 
 def headline(data: ReportData) -> Child:
@@ -77,94 +71,29 @@ def verdict(row: Row) -> str:
     return opening + ", and ".join(clauses) + unit + tail + "."
 
 
-def loss(data: ReportData) -> Child:
-    if not data.steps:
-        return nothing("no training step was finished")
-    raw = [(row["step"], row.get("loss")) for row in data.steps]
-    smooth = len(raw) >= _SMOOTH_FROM
-    series = [Series(label="loss", points=raw, faint=smooth)]
-    legend = [("s0", "training loss", "")]
-    if smooth:
-        window = max(3, len(raw) // 40 | 1)
-        series.append(Series(label=f"mean of {window}", points=_running_mean(raw, window)))
-        legend = [("s0", f"training loss: every step (thin) and the mean over {window} steps", "")]
-    lengths = sorted({row["sequence_length"] for row in data.evals})
-    for index, length in enumerate(lengths, 1):
-        points = [(row["step"], row["loss"]) for row in data.evals if row["sequence_length"] == length]
-        style = f"s{index % 8}"
-        series.append(Series(label=f"held out at {length:,}", points=points, kind="dots", style=style))
-        legend.append((style, f"held out at {length:,}", "dot"))
-    spans = _spans(data.steps)
-    chart = Chart(
-        title="Loss by step",
-        description=_first_and_last(raw, "loss")
-        + (f" The sequence length takes {len(spans)} value(s)." if spans else ""),
-        series=series,
-        x_label="step",
-        y_label="loss, nats per token",
-        y_text=lambda y: f"{y:.3g}",
-        spans=spans,
-        span_label="sequence length",
-    )
-    lost = [str(step) for step, y in raw if y is not None and not math.isfinite(y)]
-    warning = None
-    if lost:
-        named = ", ".join(lost[:10]) + (", ..." if len(lost) > 10 else "")
-        warning = tag(
-            "p", f"The loss is not finite at {len(lost)} of {len(raw)} steps: {named} (marked ×).", class_="warn"
-        )
-    caption = (
-        "The strip above the curve is the sequence length, which grows during training." if len(spans) > 1 else None
-    )
-    columns = (
-        "step",
-        "sequence_length",
-        "loss",
-        "learning_rate",
-        "gradient_norm",
-        "tokens_per_s",
-        "memory_bytes",
-        "time_s",
-    )
-    tables = [folded("Training steps as a table", table(_where(data, "Training steps."), data.steps, columns))]
-    if data.evals:
-        names = ("step", "sequence_length", "loss", "bits_per_byte")
-        tables.append(folded("Held-out evaluations as a table", table("Held-out evaluations.", data.evals, names)))
-    if data.events:
-        tables.append(folded("Events as a table", table("Events.", data.events, ("step", "message", "time_s"))))
-    note = tag("p", caption, class_="caption") if caption else None
-    return [warning, _both(chart, 330, 260, "loss"), _legend(legend), note, tables]
+def plan(data: ReportData) -> Child:
+    """What each rank holds, drawn where ranks and axes are given; and the plan as it was resolved."""
+    raw = settings(data.plan, "Show the plan as JSON", "no plan was given")
+    if not data.axes or not data.ranks:
+        return [nothing("no axes and ranks were given"), raw if data.plan else None]
+    sizes = " × ".join(f"{name} {size}" for name, size in data.axes.items())
+    several = [SHARED[name] for name, size in data.axes.items() if size > 1 and name in SHARED]
+    words = f"{sizes}: " + (", ".join(several) + "." if several else "one rank has everything.")
+    words += " Ranks in one frame work on the same rows. Parameters are those that a rank keeps between steps."
+    if len(data.ranks) > MOST_BOXES:
+        words += f" The first {MOST_BOXES} of {len(data.ranks):,} ranks are drawn; the table has all."
+    totals: Row = {"parameters": data.num_parameters, "tokens": data.num_tokens}
 
+    def draw(width: float, uid: str) -> Raw:
+        return plan_picture(data.ranks, data.axes, width, uid, totals=totals)
 
-def throughput(data: ReportData) -> Child:
-    figures: list[Child] = []
-    speed = [(row["step"], row["tokens_per_s"]) for row in data.steps if row.get("tokens_per_s") is not None]
-    memory = [(row["step"], row["memory_bytes"]) for row in data.steps if row.get("memory_bytes") is not None]
-    spans = _spans(data.steps)
-    pairs: tuple[tuple[str, str, list, Callable[[float], str]], ...] = (
-        ("speed", "tokens per second, all ranks", speed, count),
-        ("memory", "peak memory of the fullest rank", memory, bytes_text),
-    )
-    for index, (name, label, points, text) in enumerate(pairs):
-        if points:
-            chart = Chart(
-                title=f"{label[0].upper()}{label[1:]}, by step",
-                description=_first_and_last(points, label),
-                series=[Series(label=name, points=points, style=f"s{index}")],
-                x_label="step",
-                y_label=label,
-                y_text=text,
-                spans=spans,
-                span_label="sequence length",
-                from_zero=True,
-                y_base=_binary_unit(points) if text is bytes_text else 1.0,
-            )
-            figures.append(_both(chart, 240, 220, name))
-    if data.ranks:
-        columns = ["rank", "device", "tokens", "mask_area", "tokens_per_s", "memory_bytes", "memory_limit_bytes"]
-        columns += sorted({name for row in data.ranks for name in row} - set(columns))
-        figures += [tag("h3", "By rank"), table("What each rank held and did.", data.ranks, columns)]
-    return figures or nothing("no step and no rank was measured")
+    columns = ("rank", *data.axes, "layers", "parameters", "tokens", "memory_bytes")
+    return [
+        tag("p", words, class_="caption"),
+        figures_of(draw, "plan-picture"),
+        folded("The same as a table", table("What each rank holds.", data.ranks, columns)),
+        raw if data.plan else None,
+    ]
 
 
 def ownership(data: ReportData) -> Child:
@@ -178,7 +107,7 @@ def ownership(data: ReportData) -> Child:
     words = f"One sequence of {data.num_tokens:,} tokens, split over {len(data.ownership)} ranks"
     words += f" by the {data.layout} layout." if data.layout else "."
     words += " Numbers on the right are tokens held."
-    if magnified(data.ownership, data.num_tokens, _WIDE):
+    if magnified(data.ownership, data.num_tokens, WIDE):
         words += " Hatched: single tokens at a fixed stride, too thin to draw; the lowest strip magnifies the pattern."
     warning = None
     if held != data.num_tokens:
@@ -194,7 +123,7 @@ def ownership(data: ReportData) -> Child:
     return [
         tag("p", words, class_="caption"),
         warning,
-        _figures_of(draw, "own"),
+        figures_of(draw, "own"),
         folded("Segments as a table", table("Segments in global positions.", rows, columns)),
     ]
 
@@ -210,7 +139,7 @@ def timeline(data: ReportData) -> Child:
     words += f"Time is in {data.time_unit}."
     if len(ranks) > MOST_RANKS:
         words += f" The first {MOST_RANKS} ranks are drawn; the tables hold all."
-    drawing = draw_timeline(data.timeline, data.time_unit, data.schedule, _WIDE, "time")
+    drawing = draw_timeline(data.timeline, data.time_unit, data.schedule, WIDE, "time")
     events = sorted(data.timeline, key=lambda row: (row["start"], row["rank"]))
     columns = ("start", "duration", "rank", "step", "kind", "lane", "label", "area", "bytes", "peer")
     return [
@@ -277,65 +206,3 @@ def _figures(row: Row) -> dict[str, float | None]:
 
 def _finite(number: float | None) -> TypeGuard[float]:
     return number is not None and math.isfinite(number)
-
-
-def _spans(steps: Sequence[Row]) -> list[tuple[float, float, str]]:
-    """Runs of equal sequence length as (first step, first step of the next run, text)."""
-    spans: list[tuple[float, float, str]] = []
-    for row in steps:
-        length = row.get("sequence_length")
-        if length is None:
-            continue
-        text, step = f"{length:,}", row["step"]
-        if spans:
-            first, _, label = spans[-1]
-            spans[-1] = (first, step, label)
-        if not spans or spans[-1][2] != text:
-            spans.append((step, step, text))
-    return spans
-
-
-def _running_mean(points: Sequence[tuple[float, float | None]], window: int) -> list[tuple[float, float | None]]:
-    """The mean of the ``window`` points around each one, fewer at the ends and at gaps: it does not lag."""
-    half = window // 2
-    means: list[tuple[float, float | None]] = []
-    for index, (x, y) in enumerate(points):
-        reach = min(half, index, len(points) - 1 - index)
-        near = [v for _, v in points[index - reach : index + reach + 1] if v is not None and math.isfinite(v)]
-        means.append((x, sum(near) / len(near) if y is not None and math.isfinite(y) else None))
-    return means
-
-
-def _binary_unit(points: Sequence[tuple[float, float]]) -> float:
-    largest = max((y for _, y in points if math.isfinite(y)), default=1.0)
-    return 1024.0 ** int(math.log(max(largest, 1.0), 1024))
-
-
-def _first_and_last(points: Sequence[tuple[float, float | None]], name: str) -> str:
-    finite = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
-    if not finite:
-        return f"No finite value of {name}."
-    (x0, y0), (x1, y1) = finite[0], finite[-1]
-    return f"{name}: {loss_text(y0)} at step {x0:,}, {loss_text(y1)} at step {x1:,}."
-
-
-def _where(data: ReportData, caption: str) -> str:
-    return f"{caption} All records: {data.metrics_file}." if data.metrics_file else caption
-
-
-def _legend(entries: Sequence[tuple[str, str, str]]) -> Raw:
-    return tag(
-        "ul",
-        [tag("li", tag("i"), text, class_=f"{style} {kind}".strip()) for style, text, kind in entries],
-        class_="legend",
-    )
-
-
-def _both(chart: Chart, high: float, low: float, uid: str) -> Raw:
-    return _figures_of(lambda width, name: line_chart(chart, width, high if width == _WIDE else low, name), uid)
-
-
-def _figures_of(draw: Callable[[float, str], Raw], uid: str) -> Raw:
-    """One figure drawn at two widths, of which the page shows the fitting one: scaled-down text would be unreadable."""
-    wide = tag("figure", draw(_WIDE, f"{uid}-wide"), class_="wide")
-    return join([wide, tag("figure", draw(_NARROW, f"{uid}-narrow"), class_="narrow")])
