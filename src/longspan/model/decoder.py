@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from longspan.mixers.config import RotaryConfig
 from longspan.mixers.contract import Context
+from longspan.mixers.norm import PlusOneRMSNorm
 from longspan.mixers.rotary import Rotary
 from longspan.model.config import DecoderConfig
 from longspan.model.local import LocalContext
@@ -38,7 +40,13 @@ class DecoderLM(nn.Module):
         learned = not isinstance(positions, RotaryConfig)
         self.embed_positions = nn.Embedding(positions.max_positions, config.hidden_size) if learned else None
         rotary = None if learned else Rotary(positions, config.attention.head_dim)
-        self.blocks = nn.ModuleList(Block(config, layer, rotary) for layer in range(config.num_layers))
+        windowed = rotary
+        if config.windowed_positions is not None:
+            windowed = Rotary(config.windowed_positions, config.attention.head_dim)
+        self.blocks = nn.ModuleList(
+            Block(config, layer, rotary if config.window(layer) is None else windowed)
+            for layer in range(config.num_layers)
+        )
         self.norm = make_norm(config.norm, config.hidden_size)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -64,7 +72,12 @@ class DecoderLM(nn.Module):
 
     def forward(self, input_ids: Int64[Tensor, "b l"], ctx: Context | None = None) -> Float[Tensor, "b l vocab"]:
         """Logits of every local token."""
-        return F.linear(self.hidden(input_ids, ctx), self.head_weight)
+        return self.logits(self.hidden(input_ids, ctx))
+
+    def logits(self, hidden: Float[Tensor, "... c"]) -> Float[Tensor, "... vocab"]:
+        """The head on states that `hidden` gave, capped where the config says so."""
+        logits, softcap = F.linear(hidden, self.head_weight), self.config.final_softcap
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def hidden(self, input_ids: Int64[Tensor, "b l"], ctx: Context | None = None) -> Float[Tensor, "b l c"]:
         """States after the last norm.
@@ -82,6 +95,8 @@ class DecoderLM(nn.Module):
                 f"{input_ids.shape[1]} tokens: pass the rank's own shard of the sequence"
             )
         x = self.embed(input_ids)
+        if self.config.embed_scale is not None:
+            x = x * _rounded(self.config.embed_scale, x.dtype)
         if self.embed_positions is not None:
             self._check_positions(ctx.positions)
             x = x + self.embed_positions(ctx.positions)
@@ -98,7 +113,13 @@ class DecoderLM(nn.Module):
         chunk_tokens: int = 1024,
     ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
         """Summed cross-entropy (nats, fp32) over local labels but -100, and their number; full logits never exist."""
-        return chunked_cross_entropy(self.hidden(input_ids, ctx), self.head_weight, labels, chunk_tokens=chunk_tokens)
+        return chunked_cross_entropy(
+            self.hidden(input_ids, ctx),
+            self.head_weight,
+            labels,
+            chunk_tokens=chunk_tokens,
+            softcap=self.config.final_softcap,
+        )
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
@@ -120,6 +141,13 @@ class DecoderLM(nn.Module):
             raise ValueError(
                 f"learned positions end at {limit - 1}, got {int(positions.max())}: cut the sequence to {limit} tokens"
             )
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """`value` as `dtype` holds it: in bf16 the factor √3072 is 55.5. In plain numbers, which cost no operation."""
+    fraction, exponent = math.frexp(value)
+    digits = 1 - round(math.log2(torch.finfo(dtype).eps))
+    return math.ldexp(round(math.ldexp(fraction, digits)), exponent - digits)
 
 
 def _readable(x: Tensor) -> bool:
@@ -149,8 +177,8 @@ def build(
 
 
 def init_weights(model: DecoderLM, seed: int) -> None:
-    """Fills all parameters, sharded or not: weights N(0, init_std²), smaller back into the residual stream, norms 1,
-    biases 0.
+    """Fills all parameters, sharded or not: weights N(0, init_std²), smaller back into the residual stream, biases
+    0, norms such that their factor is 1.
 
     The values depend on (seed, parameter name) alone, not on sharding, ranks, device or the order of parameters: every
     64 rows of a weight have a CPU generator of their own, seeded by a hash of (seed, name, first row), drawn in fp32. A
@@ -161,8 +189,9 @@ def init_weights(model: DecoderLM, seed: int) -> None:
         ValueError: parameters on the meta device.
     """
     std = model.config.init_std
+    plus_one = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, PlusOneRMSNorm)}
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith("bias") or name in plus_one:
             fill(parameter, lambda region: torch.zeros(_shape(region)))
         elif parameter.ndim == 1:
             fill(parameter, lambda region: torch.ones(_shape(region)))

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longspan.mixers.contract import Context
-from longspan.mixers.norm import RMSNorm
+from longspan.mixers.norm import PlusOneRMSNorm, RMSNorm
 from longspan.mixers.rotary import Rotary
 from longspan.mixers.softmax import Attention
-from longspan.model.config import DecoderConfig, MlpConfig, NormConfig
+from longspan.model.config import LayersConfig, MlpConfig, MlpKind, NormConfig
 
 
 class LayerNorm(nn.Module):
@@ -34,11 +34,18 @@ class LayerNorm(nn.Module):
 
 def make_norm(config: NormConfig, size: int) -> nn.Module:
     """The norm a config asks for, over a last dim of `size`."""
-    return {"rms": RMSNorm, "layer": LayerNorm}[config.kind](size, config.eps)
+    return {"rms": RMSNorm, "rms_plus_one": PlusOneRMSNorm, "layer": LayerNorm}[config.kind](size, config.eps)
+
+
+def activation(kind: MlpKind, x: Tensor) -> Tensor:
+    """The activation of a kind of mlp; of the gate, where it has one."""
+    if kind == "swiglu":
+        return F.silu(x)
+    return F.gelu(x, approximate="none" if kind == "gelu" else "tanh")
 
 
 class Mlp(nn.Module):
-    """The channel mixer: swiglu (arXiv:2002.05202), gelu by erf, or gelu by tanh (arXiv:1606.08415).
+    """The channel mixer: gated by silu or gelu (arXiv:2002.05202), or gelu by erf or by tanh (arXiv:1606.08415).
 
     `tile`, a runtime setting that no checkpoint holds: with a number, that many tokens of the sequence are mixed at a
     time and their inner activations are computed again in the backward, so that inner_size · tile values are alive at
@@ -49,7 +56,7 @@ class Mlp(nn.Module):
         super().__init__()
         self.config = config
         self.tile: int | None = None
-        self.gate = nn.Linear(hidden_size, config.inner_size, bias=config.bias) if config.kind == "swiglu" else None
+        self.gate = nn.Linear(hidden_size, config.inner_size, bias=config.bias) if config.gated else None
         self.up = nn.Linear(hidden_size, config.inner_size, bias=config.bias)
         self.down = nn.Linear(config.inner_size, hidden_size, bias=config.bias)
 
@@ -64,26 +71,37 @@ class Mlp(nn.Module):
 
     def _mix(self, x: Tensor) -> Tensor:
         if self.gate is not None:
-            return self.down(F.silu(self.gate(x)) * self.up(x))
-        return self.down(F.gelu(self.up(x), approximate="tanh" if self.config.kind == "gelu_tanh" else "none"))
+            return self.down(activation(self.config.kind, self.gate(x)) * self.up(x))
+        return self.down(activation(self.config.kind, self.up(x)))
 
 
 class Block(nn.Module):
-    """One layer: token mixer and channel mixer with pre-norms, one after the other or side by side."""
+    """One layer of a decoder or an encoder: token mixer and channel mixer, wired with their norms."""
 
-    def __init__(self, config: DecoderConfig, layer: int, rotary: Rotary | None) -> None:
+    def __init__(self, config: LayersConfig, layer: int, rotary: Rotary | None) -> None:
         super().__init__()
         width = config.hidden_size
+        self.wiring = config.wiring
         self.norm_mixer = make_norm(config.norm, width)
         self.mixer = Attention(config.attention, width, layer=layer, window=config.window(layer), rotary=rotary)
         # Side by side, both read the one norm.
-        self.norm_mlp = make_norm(config.norm, width) if config.wiring == "sequential" else None
+        self.norm_mlp = None if config.wiring == "parallel" else make_norm(config.norm, width)
         self.mlp = Mlp(config.mlp, width)
+        self.norm_mixer_out = self.norm_mlp_out = None
+        if config.wiring == "sandwich":
+            self.norm_mixer_out, self.norm_mlp_out = make_norm(config.norm, width), make_norm(config.norm, width)
 
     def forward(self, x: Float[Tensor, "b l c"], ctx: Context) -> Float[Tensor, "b l c"]:
         """The layer's output, residuals added."""
+        if self.wiring == "post":
+            assert self.norm_mlp is not None
+            x = self.norm_mixer(x + self.mixer(x, ctx))
+            return self.norm_mlp(x + self.mlp(x))
         normed = self.norm_mixer(x)
         if self.norm_mlp is None:
             return x + self.mixer(normed, ctx) + self.mlp(normed)
-        x = x + self.mixer(normed, ctx)
-        return x + self.mlp(self.norm_mlp(x))
+        if self.norm_mixer_out is None or self.norm_mlp_out is None:
+            x = x + self.mixer(normed, ctx)
+            return x + self.mlp(self.norm_mlp(x))
+        x = x + self.norm_mixer_out(self.mixer(normed, ctx))
+        return x + self.norm_mlp_out(self.mlp(self.norm_mlp(x)))
