@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from longspan.model import hf_configs, hf_export, hf_files
+from longspan.model import hf_configs, hf_export, hf_files, hf_gemma
 from longspan.model.config import DecoderConfig
 from longspan.model.decoder import DecoderLM, build
 from longspan.model.hf_files import TensorFiles
@@ -53,6 +53,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Qwen3ForCausalLM": Architecture(
         model_type="qwen3", read=hf_configs.read_qwen3, write=hf_export.write_qwen3, names=llama_names
+    ),
+    "Gemma2ForCausalLM": Architecture(
+        model_type="gemma2", read=hf_gemma.read_gemma2, write=hf_gemma.write_gemma2, names=hf_gemma.gemma_names
+    ),
+    "Gemma3ForCausalLM": Architecture(
+        model_type="gemma3_text", read=hf_gemma.read_gemma3, write=hf_gemma.write_gemma3, names=hf_gemma.gemma_names
     ),
     "GPT2LMHeadModel": Architecture(
         model_type="gpt2",
