@@ -14,7 +14,8 @@ import transformers
 from longspan.mixers.config import LinearScaling, RotaryConfig
 from longspan.model import DecoderConfig, DecoderLM, load_pretrained, save_pretrained
 from longspan.model.decoder import build
-from longspan.model.huggingface import ARCHITECTURES, read_config
+from longspan.model.hf_table import ARCHITECTURES
+from longspan.model.huggingface import read_config
 from tests.model.hf_oracle import VOCAB, assert_same_training, edit, logits, randomise, tokens, worst
 
 SMALL: dict[str, Any] = {

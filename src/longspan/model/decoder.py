@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from longspan.model.local import LocalContext
 from longspan.model.loss import chunked_cross_entropy
 from longspan.model.parts import Block, Mlp, make_norm
 from longspan.model.shards import Region, fill
+
+if TYPE_CHECKING:
+    from longspan.model.encoder import Encoder
 
 _ROWS_PER_DRAW = 64
 
@@ -176,7 +180,7 @@ def build(
     return model
 
 
-def init_weights(model: DecoderLM, seed: int) -> None:
+def init_weights(model: DecoderLM | Encoder, seed: int) -> None:
     """Fills all parameters, sharded or not: weights N(0, init_std²), smaller back into the residual stream, biases
     0, norms such that their factor is 1.
 

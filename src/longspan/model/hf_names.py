@@ -1,7 +1,8 @@
 """Names of tensors: Hugging Face's to ours, both ways from one list.
 
 One stored tensor is one or several of our parameters joined along dim 0 (GPT-2 keeps q, k and v in one), transposed
-where the checkpoint keeps (in, out) matrices (GPT-2's Conv1D).
+where the checkpoint keeps (in, out) matrices (GPT-2's Conv1D). `folded` is the checkpoint's shape where the same values
+in the same order have another one here (a convolution over patches, which is a matrix).
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ class Stored:
     name: str
     ours: tuple[str, ...]
     transposed: bool = False
+    folded: tuple[int, ...] | None = None
 
     def shape(self, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
         """Its shape, from the shapes of our parameters."""
+        if self.folded is not None:
+            return self.folded
         first = shapes[self.ours[0]]
         joined = (sum(shapes[name][0] for name in self.ours), *first[1:])
         return joined[::-1] if self.transposed else joined
