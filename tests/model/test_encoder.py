@@ -30,7 +30,8 @@ SMALL: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 3,
     "intermediate_size": 41,
-    "initializer_range": 0.3,
+    # Larger, and saturated softmaxes cancel: keys' gradients are then rounding.
+    "initializer_range": 0.15,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
@@ -150,7 +151,7 @@ def split(rank: int, world: int, case: str, config: Any) -> tuple[float, int, di
     num_tokens = NUM_TOKENS if case.startswith("bert") else 10
     ctx: Any = LocalContext(num_tokens, causal=False)
     if world > 1:
-        ctx = SequenceContext(masks.full(num_tokens), dist.group.WORLD, method="allgather")
+        ctx = SequenceContext(masks.full(num_tokens), dist.group.WORLD, method="all_gather")
     local = ctx.local(inputs) if world > 1 and case.startswith("bert") else inputs
     if case.startswith("bert"):
         labels = ctx.local(labels) if world > 1 else labels
@@ -174,7 +175,9 @@ def test_a_split_sequence_equals_the_whole_one(case: str) -> None:
         assert loss == pytest.approx(want_loss, rel=1e-5) and count == want_count
         assert grads.keys() == want.keys()
         for name, grad in grads.items():
-            assert (grad - want[name]).abs().max() <= 1e-5 * want[name].abs().max() + 1e-6, name
+            # A bias of unrotated keys has no gradient but rounding.
+            scale = want[name.replace("k.bias", "k.weight")].abs().max()
+            assert (grad - want[name]).abs().max() <= 1e-5 * scale, name
 
 
 def test_packed_documents_equal_rows_of_their_own() -> None:
@@ -246,7 +249,7 @@ def test_encoders_and_decoders_are_not_taken_for_each_other(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot hold this model"):
         save_pretrained(ours, tmp_path / "none", architecture="LlamaForCausalLM")
     theirs("vit").save_pretrained(tmp_path / "vit")
-    with pytest.raises(ValueError, match="the model must have the parts of vit"):
+    with pytest.raises(ValueError, match="ViTForImageClassification cannot hold this model: it needs image inputs"):
         load_into(ours, tmp_path / "vit")
     causal = dataclasses.replace(ours.config, wiring="sequential")
     with pytest.raises(ValueError, match=r"BertForMaskedLM .* it needs post wiring.*a classifier head"):

@@ -217,6 +217,7 @@ def bert_names(config: EncoderConfig) -> list[Stored]:
 def vit_names(config: EncoderConfig) -> list[Stored]:
     """Names of ViTForImageClassification, whose patches go through a convolution."""
     inputs, width = config.inputs, config.hidden_size
+    demand("ViTForImageClassification", image_inputs=isinstance(inputs, PatchesConfig))
     assert isinstance(inputs, PatchesConfig)
     theirs = "vit.embeddings"
     stored = [
