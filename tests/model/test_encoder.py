@@ -100,7 +100,7 @@ def test_answers_loss_and_gradients_equal_transformers_both_ways(case: str, tmp_
     else:
         labels = torch.randint(want.shape[-1], want.shape[:-1], generator=torch.Generator().manual_seed(6))
         labels[0].fill_(-100)
-        loss, count = ours.loss(inputs, labels, **more, chunk_tokens=7)
+        loss, count = ours.loss(inputs, labels, types=more.get("types"), chunk_tokens=7)
         assert count == (labels != -100).sum()
         expected = F.cross_entropy(want.flatten(0, -2), labels.flatten(), reduction="sum")
     rename = in_memory if case.startswith("vit") else str
