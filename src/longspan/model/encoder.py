@@ -22,6 +22,7 @@ from longspan.model.decoder import init_weights
 from longspan.model.encoder_config import EncoderConfig, PatchesConfig, TokensConfig
 from longspan.model.local import LocalContext
 from longspan.model.loss import IGNORED, chunked_cross_entropy
+from longspan.model.part import Layers
 from longspan.model.parts import Block, activation, make_norm
 
 
@@ -135,7 +136,7 @@ class Encoder(nn.Module):
         tokens = isinstance(inputs, TokensConfig)
         self.inputs = TokenInputs(inputs, width) if tokens else PatchInputs(inputs, width)
         self.embed_norm = make_norm(config.norm, width) if config.embed_norm else None
-        self.blocks = nn.ModuleList(Block(config, layer, None) for layer in range(config.num_layers))
+        self.blocks = Layers((layer, Block(config, layer, None)) for layer in range(config.num_layers))
         self.norm = None if config.wiring == "post" else make_norm(config.norm, width)
         self.head: nn.Module | None = None
         if config.head == "masked_lm":
