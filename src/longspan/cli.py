@@ -322,12 +322,22 @@ def _bench(argv: Sequence[str]) -> int:
         from longspan.bench.kernels import KernelBenchConfig, run_kernel_bench
 
         return run_kernel_bench(parse(KernelBenchConfig, argv[1:], "longspan bench kernels", switches=True))
+    if argv and argv[0] == "step":
+        from longspan.bench.step import StepBenchConfig, run_step_bench
+
+        return run_step_bench(parse(StepBenchConfig, argv[1:], "longspan bench step", switches=True))
+    if argv and argv[0] == "memory":
+        from longspan.bench.memory import MemoryBenchConfig, run_memory_bench
+
+        return run_memory_bench(parse(MemoryBenchConfig, argv[1:], "longspan bench memory", switches=True))
     from longspan.bench.training import run_training_bench
 
     if {"-h", "--help"} & set(argv):
         print("longspan bench measures training; others have a --help of their own:")
         print("  longspan bench attention  the methods over ranks, on a network")
-        print("  longspan bench kernels    attention kernels on one device; --save-profile calibrates it\n")
+        print("  longspan bench kernels    attention kernels on one device; --save-profile calibrates it")
+        print("  longspan bench step       a training step on one device, beside others' and the floor")
+        print("  longspan bench memory     what each way of saving memory saves and costs\n")
     config = parse(BenchConfig, argv, "longspan bench")
     return run_training_bench(config.ranks, config.lengths, config.steps, config.out)
 
@@ -346,7 +356,10 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "doctor": (_doctor, "what is here, checked: devices, back ends, every communication channel"),
     "methods": (_methods, "every method, layout, mask and kernel, and where each is verified"),
     "plan": (_plan, "which context-parallel method and token layout would be chosen, and why"),
-    "bench": (_bench, "measure on this machine: training, attention over a network, or attention kernels"),
+    "bench": (
+        _bench,
+        "measure on this machine: training, one step, memory, attention, or its kernels",
+    ),
 }
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
 
 from longspan.bench import memory
-from longspan.bench.memory import TECHNIQUES, Cell, Technique, gate, main, table
+from longspan.bench.memory import TECHNIQUES, Cell, Technique, gate, table
+from longspan.cli import main
 
 DEVICE = torch.device("cpu")
 
@@ -21,6 +23,14 @@ def cell(technique: Technique) -> Cell:
 @pytest.mark.parametrize("technique", TECHNIQUES, ids=lambda t: t.name)
 def test_every_technique_passes_the_gate(technique: Technique) -> None:
     assert gate(cell(technique), DEVICE, torch.float32) <= 1e-5
+
+
+def test_adapters_and_a_window_pass_the_gate() -> None:
+    technique = next(t for t in TECHNIQUES if t.name == "full, tiles, activations")
+    with_both = replace(cell(technique), lora=4, window=32, kv_heads=1)
+    assert gate(with_both, DEVICE, torch.float32) <= 1e-5
+    row = memory.measure(with_both)
+    assert row["tokens_per_s"] > 0
 
 
 def test_the_gate_bites() -> None:
@@ -38,7 +48,7 @@ def test_the_gate_bites() -> None:
 
 def test_cells_run_on_their_own_and_the_table_is_the_records(tmp_path, capsys) -> None:
     options = ["--layers", "3", "--width", "32", "--heads", "2", "--steps", "1", "--out", str(tmp_path)]
-    assert main(["--lengths", "64", "--techniques", "all", *options]) == 0
+    assert main(["bench", "memory", "--lengths", "64", "--techniques", "all", *options]) == 0
     record = json.loads((tmp_path / "memory.json").read_text())
     assert [row["status"] for row in record["rows"]] == ["ok"] and record["suite"] == "memory"
     assert (tmp_path / "memory.md").read_text() == table(record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longspan.attention import masks
 from longspan.attention.masks import Mask
-from longspan.context import attend, prepare
+from longspan.context import attend, prepare, run
 from longspan.context.build import build
 from longspan.context.run import Bound, bind, rebind, release
 from tests.context.cases import MASKS, inputs
@@ -52,8 +53,9 @@ def test_opcheck(mask: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(OP, (*leaves, handle))
     out, lse, saved = OP(*leaves, handle)
     delta = (dout * out).sum(-1).transpose(1, 2).to(lse.dtype).contiguous()
-    plain = [x.detach() for x in (dout, *leaves, lse, delta, saved)]
-    torch.library.opcheck(torch.ops.longspan.attention_backward, (*plain, handle))
+    grads, stats = [x.detach() for x in (dout, *leaves)], [x.detach() for x in (lse, delta, saved)]
+    for own in (out.detach(), None):
+        torch.library.opcheck(torch.ops.longspan.attention_backward, (*grads, own, *stats, handle))
     release(handle)
 
 
@@ -87,6 +89,32 @@ def _check_compiled(backend: str) -> None:
     # One graph, never made anew: the mask is behind the handle.
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"] and not counters["recompiles"]
+    release(handle)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_a_backward_without_a_gradient_of_lse_takes_the_output_itself(
+    backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = _handle(masks.causal(S))
+    given: list[torch.Tensor | None] = []
+
+    class Noting(run.Worker):
+        def __init__(self, *args: Any) -> None:
+            given.append(args[4])
+            super().__init__(*args)
+
+    monkeypatch.setattr(run, "Worker", Noting)
+    function = _block if backend is None else torch.compile(_block, fullgraph=True, backend=backend)
+    leaves, dout = _leaves()
+    q, k, v = leaves
+    function(q, k, v, handle).backward(dout)
+    assert [out is None for out in given] == [True, False], "the forward has none, the backward has it"
+    given.clear()
+    leaves, dout = _leaves()
+    out, lse, _ = OP(*leaves, handle)
+    (out.sum() + lse.sum()).backward()
+    assert [out is None for out in given] == [True, True]
     release(handle)
 
 

@@ -54,6 +54,7 @@ def test_a_rank_alone_computes_what_it_computes_among_others(method: str, monkey
                 phase.inputs[rank],
                 settings,
                 phase.saved[rank],
+                phase.outs[rank],
                 phase.arrivals[rank],
                 InstantWire(),  # pyright: ignore[reportArgumentType]
             )

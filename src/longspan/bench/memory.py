@@ -1,19 +1,20 @@
-"""What each way of saving memory saves and costs on this machine: peak memory and tokens/s by sequence length. Run:
-
-    python -m longspan.bench.memory --lengths 16384 131072 --layers 16 --width 2048 --out OUT
+"""What each way of saving memory saves and costs on this machine: peak memory and tokens/s by sequence length.
+``longspan bench memory``.
 
 Each cell is a process of its own, so that one which runs out of memory is a row like the others. Gate: on a short
 sequence, in the cell's own process, loss and every gradient must equal those of the plain run (nothing recomputed,
 tiled or moved) by 1e-5 of the largest in fp32, 3e-2 in bf16; otherwise the cell has no figure.
 
-A step is forward, backward and, where layers are streamed, the arrival of all gradients on the host; no optimiser.
+Weights are random; with adapters (``lora``) the rest is frozen and has no gradients. With a ``window`` each token
+attends to the latest keys alone: the same memory as a causal mask, and far less time, for lengths at which the latter
+takes minutes. A step is forward, backward and, where layers are streamed, the arrival of all gradients on the host; no
+optimiser.
 "Peak" is what the process held most, less what it held before the model was made. On a CPU, where device and host are
 one memory, peaks say nothing of offload; times say what the copies cost there.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import json
@@ -21,22 +22,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from longspan.attention import masks
 from longspan.bench.record import head, now, quartiles
-from longspan.context.sequence import SequenceContext
+from longspan.context.sequence import SequenceContext, windowed
 from longspan.hardware.devices import default_device, peak_memory_bytes, reset_peak_memory, resident_bytes
 from longspan.model.config import DecoderConfig
 from longspan.model.decoder import DecoderLM, build
 from longspan.model.layer_stream import LayerStream
+from longspan.model.lora import LoraConfig, apply_lora
 from longspan.plan.plan import Offload, Plan, Recompute
 from longspan.train.config import ModelConfig
 from longspan.train.parallel import apply_saving, stream
+from longspan.train.setting import make_folder
 
 _GATE_TOKENS = 96
 _OUT_OF_MEMORY = 3
@@ -48,13 +51,13 @@ class Technique:
     """One way of saving memory, by a name for the table.
 
     Args:
-        loss_chunk: tokens whose logits are there at a time; 0 for all.
+        loss_chunk: tokens whose logits are there at a time; 0 for all, None for the decoder's default.
     """
 
     name: str
     recompute: Recompute = "none"
     mlp_tile: int = 0
-    loss_chunk: int = 1024
+    loss_chunk: int | None = None
     offload: Offload = "none"
 
     def plan(self, precision: Any) -> Plan:
@@ -77,6 +80,60 @@ TECHNIQUES = (
 )
 
 
+TechniqueName = Literal[
+    "plain",
+    "chunked loss",
+    "recompute full",
+    "recompute attention",
+    "and mlp tiles",
+    "and activations",
+    "full, tiles, activations",
+    "layers",
+    "and layers",
+    "all",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryBenchConfig:
+    """Measure what each way of saving memory saves and costs, and write JSON and a table.
+
+    Args:
+        lengths: of the one sequence of a step.
+        layers, width, heads, kv_heads, inner, words, lora: the model; kv_heads and inner 0 for as many as heads and 8/3
+            of the width, lora the rank of adapters beside frozen weights or 0.
+        window: keys that a token attends to; 0 for all before it.
+        techniques: what is measured, in this order.
+        offload_gib: most host memory for activations, 0 for no limit.
+        steps: timed, after `warm_up`.
+        out: where the results go.
+    """
+
+    lengths: tuple[int, ...] = (4096,)
+    layers: int = 4
+    width: int = 256
+    heads: int = 4
+    kv_heads: int = 0
+    inner: int = 0
+    words: int = 257
+    lora: int = 0
+    window: int = 0
+    techniques: tuple[TechniqueName, ...] = get_args(TechniqueName)
+    offload_gib: int = 0
+    steps: int = 3
+    warm_up: int = 1
+    out: Path = Path("runs/bench_memory")
+
+    def __post_init__(self) -> None:
+        sizes = (self.layers, self.width, self.heads, self.words, self.steps, *self.lengths)
+        others = (self.kv_heads, self.inner, self.lora, self.window, self.offload_gib, self.warm_up)
+        if min(sizes) < 1 or min(others) < 0 or not self.lengths or not self.techniques:
+            raise ValueError(
+                f"lengths, sizes and steps must be positive, the rest 0 or more, got {asdict(self)}; change the one "
+                "that is not"
+            )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
     """One process: a technique at a length, of a model of this shape."""
@@ -87,45 +144,85 @@ class Cell:
     width: int
     heads: int
     steps: int
+    kv_heads: int = 0
+    inner: int = 0
+    words: int = 257
+    lora: int = 0
+    window: int = 0
+    offload_gib: int = 0
+    warm_up: int = 1
 
     def decoder(self) -> DecoderConfig:
-        return ModelConfig(layers=self.layers, width=self.width, heads=self.heads).decoder(257, self.length)
+        model = ModelConfig(
+            layers=self.layers, width=self.width, heads=self.heads, kv_heads=self.kv_heads, inner=self.inner
+        )
+        return model.decoder(self.words, self.length)
 
 
-def _apply(model: DecoderLM, technique: Technique, device: torch.device, **options: int) -> LayerStream | None:
+def _apply(
+    model: DecoderLM, technique: Technique, device: torch.device, *, offload_gib: int = 0, min_bytes: int = 2**20
+) -> LayerStream | None:
     plan = technique.plan("fp32")  # the model is in the dtype of the device already: nothing is cast
-    apply_saving(model, plan, **options)
+    plan = replace(plan, offload_gib=offload_gib if plan.moves_activations else 0)
+    apply_saving(model, plan, min_bytes=min_bytes)
     return stream(model, plan, device)
 
 
-def _step(model: DecoderLM, streamed: LayerStream | None, tokens: torch.Tensor, ctx: Any, chunk: int) -> float:
+def _step(model: DecoderLM, streamed: LayerStream | None, tokens: torch.Tensor, ctx: Any, chunk: int | None) -> float:
     for parameter in model.parameters():
         parameter.grad = None
-    loss = model.loss(tokens[:, :-1], tokens[:, 1:], ctx, chunk_tokens=chunk or tokens.shape[1])[0]
+    loss = model.loss(tokens[:, :-1], tokens[:, 1:], ctx, chunk_tokens=tokens.shape[1] if chunk == 0 else chunk)[0]
     loss.backward()
     if streamed is not None:
         streamed.flush()
     return float(loss.detach()) / (tokens.shape[1] - 1)
 
 
-def _context(length: int, device: torch.device) -> SequenceContext:
-    return SequenceContext(masks.causal(length), device=device)
+def _context(length: int, device: torch.device, window: int) -> SequenceContext:
+    mask = masks.causal(length)
+    return SequenceContext(windowed(mask, window) if 0 < window < length else mask, device=device)
 
 
-def _tokens(length: int, device: torch.device) -> torch.Tensor:
-    return torch.randint(0, 256, (1, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
+def _tokens(cell: Cell, length: int, device: torch.device) -> torch.Tensor:
+    return torch.randint(0, cell.words, (1, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _model(cell: Cell, device: torch.device, dtype: torch.dtype) -> DecoderLM:
+    """Random weights drawn where they lie: billions of them would take the host minutes."""
+    model = build(cell.decoder(), device="meta", dtype=dtype)
+    if cell.lora:
+        apply_lora(model, LoraConfig(rank=cell.lora))
+        model.to(dtype)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, cell.width**-0.5) if parameter.ndim > 1 else parameter.fill_(1)
+    return model
 
 
 def gate(cell: Cell, device: torch.device, dtype: torch.dtype) -> float:
     """The largest difference from the plain run, of the loss and of each gradient by its largest value."""
-    small = ModelConfig(layers=min(cell.layers, 4), width=64, heads=2).decoder(257, _GATE_TOKENS)
-    plain = build(small, device="cpu", dtype=dtype, seed=1)
+    small = replace(
+        cell,
+        length=_GATE_TOKENS,
+        layers=min(cell.layers, 4),
+        width=64,
+        heads=2,
+        kv_heads=min(cell.kv_heads, 1),
+        inner=0,
+        window=min(cell.window, 40),
+        words=257,
+    )
+    torch.manual_seed(1)
+    plain = _model(small, torch.device("cpu"), dtype)
     other = copy.deepcopy(plain)
     # As the cell has it, but for sizes: so small that everything is tiled, chunked and moved here too.
     technique = replace(
-        cell.technique, mlp_tile=min(cell.technique.mlp_tile, 32), loss_chunk=min(cell.technique.loss_chunk, 32)
+        cell.technique,
+        mlp_tile=min(cell.technique.mlp_tile, 32),
+        loss_chunk=32 if cell.technique.loss_chunk is None else cell.technique.loss_chunk,
     )
-    ctx, tokens = _context(_GATE_TOKENS, device), _tokens(_GATE_TOKENS, device)
+    ctx, tokens = _context(_GATE_TOKENS, device, small.window), _tokens(small, _GATE_TOKENS, device)
     plain.to(device)
     want = _step(plain, None, tokens, ctx, 0)
     if technique.offload not in ("layers", "both"):
@@ -133,6 +230,8 @@ def gate(cell: Cell, device: torch.device, dtype: torch.dtype) -> float:
     got = _step(other, _apply(other, technique, device, min_bytes=0), tokens, ctx, technique.loss_chunk)
     worst = abs(got - want) / abs(want)
     for p, q in zip(plain.parameters(), other.parameters(), strict=True):
+        if not p.requires_grad:
+            continue
         assert p.grad is not None and q.grad is not None
         reference, grad = p.grad.float().cpu(), q.grad.float().cpu()
         worst = max(worst, float((grad - reference).abs().max() / reference.abs().max()))
@@ -152,17 +251,17 @@ def measure(cell: Cell) -> dict[str, Any]:
     before = resident_bytes(device)
     reset_peak_memory(device)
     streams = cell.technique.offload in ("layers", "both")
-    model = build(cell.decoder(), device="cpu" if streams else device, dtype=dtype)
-    streamed = _apply(model, cell.technique, device)
-    ctx, tokens = _context(cell.length, device), _tokens(cell.length, device)
+    model = _model(cell, torch.device("cpu") if streams else device, dtype)
+    streamed = _apply(model, cell.technique, device, offload_gib=cell.offload_gib)
+    ctx, tokens = _context(cell.length, device, cell.window), _tokens(cell, cell.length, device)
     times = []
-    for _ in range(cell.steps + 1):
+    for _ in range(cell.warm_up + cell.steps):
         start = time.perf_counter()
         _step(model, streamed, tokens, ctx, cell.technique.loss_chunk)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    step_s = quartiles(times[1:])
+    step_s = quartiles(times[cell.warm_up :])
     return {
         "device": device.type,
         "difference": difference,
@@ -173,12 +272,25 @@ def measure(cell: Cell) -> dict[str, Any]:
     }
 
 
+def run_memory_bench(config: MemoryBenchConfig) -> int:
+    """All cells of a config. Returns the exit code."""
+    make_folder(config.out)
+    shared = {item.name: getattr(config, item.name) for item in fields(Cell) if hasattr(config, item.name)}
+    by_name = {technique.name: technique for technique in TECHNIQUES}
+    cells = [
+        Cell(**shared, technique=by_name[name], length=length)
+        for length in config.lengths
+        for name in config.techniques
+    ]
+    print(f"results {run(cells, config.out)} and {config.out / 'memory.md'}")
+    return 0
+
+
 def run(cells: Sequence[Cell], out: Path) -> Path:
     """All cells, each in a process of its own; writes ``memory.json`` and ``memory.md``."""
-    out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for cell in cells:
-        command = [sys.executable, "-m", "longspan.bench.memory", "--cell", json.dumps(asdict(cell))]
+        command = [sys.executable, "-m", "longspan.bench.memory", json.dumps(asdict(cell))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         # A process that the system killed ran out of host memory, in all likelihood.
         status = {0: "ok", _OUT_OF_MEMORY: "out of memory", -9: "killed", _FAILED_GATE: "refused"}.get(done.returncode)
@@ -214,8 +326,9 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _one(text: str) -> int:
-    values = json.loads(text)
+def main() -> int:
+    """One cell, given as JSON."""
+    values = json.loads(sys.argv[1])
     cell = Cell(**{**values, "technique": Technique(**values["technique"])})
     try:
         print(json.dumps(measure(cell)))
@@ -225,26 +338,6 @@ def _one(text: str) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return _FAILED_GATE
-    return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="peak memory and tokens/s by technique and sequence length")
-    parser.add_argument("--cell", help="one cell as JSON, measured in this process")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096])
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=3)
-    names = [technique.name for technique in TECHNIQUES]
-    parser.add_argument("--techniques", nargs="+", choices=names, default=names)
-    parser.add_argument("--out", type=Path, default=Path("runs/memory"))
-    args = parser.parse_args(argv)
-    if args.cell is not None:
-        return _one(args.cell)
-    shape = {"layers": args.layers, "width": args.width, "heads": args.heads, "steps": args.steps}
-    chosen = [technique for technique in TECHNIQUES if technique.name in args.techniques]
-    print(run([Cell(technique=t, length=n, **shape) for n in args.lengths for t in chosen], args.out))
     return 0
 
 

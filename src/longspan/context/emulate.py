@@ -39,6 +39,7 @@ class Played:
     programs: list[Program]
     inputs: list[list[Record]]
     saved: list[Tensor | None]
+    outs: list[Tensor | None]
     arrivals: list[list[Tensor]]  # in the order of the program's receives
 
 
@@ -92,27 +93,31 @@ def emulate(
     def joined(parts: list[Tensor], dim: int = 1) -> Tensor:
         return torch.cat(parts, dim).index_select(dim, torch.from_numpy(layout.slots).to(q.device))
 
-    def phase(inputs: list[list[Record]], saved: list[Tensor | None], *, backward: bool) -> list[Worker]:
+    def phase(
+        inputs: list[list[Record]], saved: list[Tensor | None], outs: list[Tensor | None], *, backward: bool
+    ) -> list[Worker]:
         source = schedule.backward if backward else schedule.forward
         programs = lower_all(source, schedule, geometry, backward=backward)
-        workers = [Worker(p, i, settings, s) for p, i, s in zip(programs, inputs, saved, strict=True)]
+        workers = [Worker(p, i, settings, s, o) for p, i, s, o in zip(programs, inputs, saved, outs, strict=True)]
         seen = None if played is None else [[] for _ in workers]
         exchange_in_lockstep(programs, workers, seen)
         if played is not None and seen is not None:
-            played.append(Played(programs, [list(records) for records in inputs], saved, seen))
+            played.append(Played(programs, [list(records) for records in inputs], saved, outs, seen))
         return workers
 
     qs, ks, vs = split(q), split(k), split(v)
     own: list[list[Record]] = [[(qr,), (kr, vr)] for qr, kr, vr in zip(qs, ks, vs, strict=True)]
-    workers = phase(own, [None] * layout.world, backward=False)
+    nothing: list[Tensor | None] = [None] * layout.world
+    workers = phase(own, nothing, nothing, backward=False)
     results = [worker.result() for worker in workers]
     out, lse = joined([r[0] for r in results]), joined([r[1] for r in results], 2)
     if dout is None:
         return Emulation(out.to(q.dtype), lse, None)
-    for inputs, local, (out_r, lse_r) in zip(own, split(dout), results, strict=True):
-        delta = row_sums(local, out_r.to(q.dtype).to(accumulator(q.dtype)))
+    outs = [r[0].to(q.dtype) for r in results]
+    for inputs, local, out_r, (_, lse_r) in zip(own, split(dout), outs, results, strict=True):
+        delta = row_sums(local, out_r.to(accumulator(q.dtype)))
         inputs.append((local, lse_r, delta.contiguous()))
-    workers = phase(own, [worker.saved for worker in workers], backward=True)
+    workers = phase(own, [worker.saved for worker in workers], [*outs], backward=True)
     dq = joined([worker.result(0)[0] for worker in workers])
     dk, dv = (joined([worker.result(1)[i] for worker in workers]) for i in (0, 1))
     return Emulation(out.to(q.dtype), lse, (dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)))

@@ -53,10 +53,18 @@ class Worker:
     """State of one rank during one phase.
 
     ``inputs`` are the own records in the order of ``program.own`` (q, kv and, in backward, do). ``saved`` is the
-    memory of the arrivals that are kept: made in the forward phase, given to the worker of the backward phase.
+    memory of the arrivals that are kept: made in the forward phase, given to the worker of the backward phase. ``out``,
+    in backward: the own output, where delta is its row sums with dout and nothing else; None: made from delta.
     """
 
-    def __init__(self, program: Program, inputs: list[Record], settings: Settings, saved: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        inputs: list[Record],
+        settings: Settings,
+        saved: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> None:
         self.program, self.settings = program, settings
         query = inputs[0][0]
         self.batch, self.head_dim, self.device = query.shape[0], query.shape[3], query.device
@@ -64,7 +72,8 @@ class Worker:
         self.sum_dtype = accumulator(query.dtype)
         self.records: dict[int, Record] = dict(enumerate(inputs))
         self.flats: dict[int, Tensor] = {}
-        self._own_stand_in: tuple[Tensor, Tensor] | None = None
+        self._own_out = out
+        self._own_dout_and_out: tuple[Tensor, Tensor] | None = None
         self._unmerged: dict[int, list[Placed]] = {}  # outputs to be merged, by buffer
         self._messages = {r.buffer for step in program.steps for r in step.receives} | {*program.saved, *program.packed}
         self._forms: dict[tuple[Kind, int, int, bool], Form] = {}
@@ -308,7 +317,7 @@ class Worker:
             self.write(compute.writes[0], kernel.forward(q, k, v, compute.bands, scale=scale, softcap=softcap))
             return
         dout, lse, delta = self.read(compute.do)
-        dout, out = self._stand_in(compute.do, dout)
+        dout, out = self._with_out(compute.do, dout)
         dq, dk, dv = kernel.backward(dout, q, k, v, lse, delta, compute.bands, scale=scale, softcap=softcap, out=out)
         if spread is not None:
             shape = (*dk.shape[:2], num_kv_heads, dk.shape[3])
@@ -317,16 +326,17 @@ class Worker:
         self.write(compute.writes[0], (dq,))
         self.write(compute.writes[1], (dk, dv))
 
-    def _stand_in(self, region: Region, dout: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _with_out(self, region: Region, dout: Tensor) -> tuple[Tensor, Tensor | None]:
         """(dout, out) of a region as the kernel wants them; those of own queries, which many blocks read, made once."""
         part, dtype = region.parts[0], self.settings.kernel.out_dtype(self.input_dtype)
         if dtype is None or len(region.parts) > 1 or part.buffer >= len(self.program.own):
             return dout, None
-        if self._own_stand_in is None:
+        if self._own_dout_and_out is None:
             whole, _, delta = self.records[part.buffer]
-            self._own_stand_in = stand_in(whole, delta, dtype)
+            own = None if self._own_out is None else (whole.to(dtype), self._own_out.to(dtype))
+            self._own_dout_and_out = own or stand_in(whole, delta, dtype)
         place = part.token, part.num_tokens, part.head, part.num_heads
-        dout, out = (narrow(x, DATA, *place) for x in self._own_stand_in)
+        dout, out = (narrow(x, DATA, *place) for x in self._own_dout_and_out)
         return dout, out
 
     def arrive(self, receive: Receive, flat: Tensor, write: Write | None) -> None:

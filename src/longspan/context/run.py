@@ -93,9 +93,14 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, built: Built) -> None:
 
 
 def _execute(
-    program: Program, inputs: list[Record], at: Bound, settings: Settings, saved: Tensor | None = None
+    program: Program,
+    inputs: list[Record],
+    at: Bound,
+    settings: Settings,
+    saved: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Worker:
-    worker = Worker(program, inputs, settings, saved)
+    worker = Worker(program, inputs, settings, saved, out)
     exchange = None if at.group is None else Exchange(at.group, inputs[0][0].device)
     arrivals: list[Arrival | None] = []
     for step in program.steps:
@@ -146,25 +151,43 @@ def _(q: Tensor, k: Tensor, v: Tensor, handle: int) -> tuple[Tensor, Tensor, Ten
 
 @torch.library.custom_op("longspan::attention_backward", mutates_args=())
 def attention_backward_op(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, saved: Tensor, handle: int
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    delta: Tensor,
+    saved: Tensor,
+    handle: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Local (dq, dk, dv) of a bound schedule, given the global lse and delta (b, h, l)."""
+    """Local (dq, dk, dv) of a bound schedule, given the global lse and delta (b, h, l); ``out`` as ``engine.Worker``
+    takes it."""
     at = bound(handle)
-    worker = _execute(at.built.backward, [(q,), (k, v), (dout, lse, delta)], at, _settings(q, at), saved)
+    worker = _execute(at.built.backward, [(q,), (k, v), (dout, lse, delta)], at, _settings(q, at), saved, out)
     (dq,), (dk, dv) = worker.result(0), worker.result(1)
     return _own(dq, q.dtype), _own(dk, q.dtype), _own(dv, q.dtype)
 
 
 @attention_backward_op.register_fake
 def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, saved: Tensor, handle: int
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    delta: Tensor,
+    saved: Tensor,
+    handle: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    del dout, lse, delta, saved, handle
+    del dout, out, lse, delta, saved, handle
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup(ctx, inputs, output) -> None:
     q, k, v, ctx.handle = inputs
+    ctx.set_materialize_grads(False)  # no gradient of lse is not one of zeros: see _backward
     ctx.save_for_backward(q, k, v, *output)
 
 
@@ -173,8 +196,8 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, dsaved: None):
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
     delta = row_sums(dout, out.to(lse.dtype))
     if dlse is not None:
-        delta = delta - dlse  # d lse adds P·dlse to dS = P·(dP - delta)
-    grads = torch.ops.longspan.attention_backward(dout, q, k, v, lse, delta.contiguous(), saved, ctx.handle)
+        delta, out = delta - dlse, None  # d lse adds P·dlse to dS = P·(dP - delta)
+    grads = torch.ops.longspan.attention_backward(dout, q, k, v, out, lse, delta.contiguous(), saved, ctx.handle)
     return (*grads, None)
 
 
@@ -194,7 +217,7 @@ def _forward_flops(q_shape, k_shape, v_shape, handle, *args, out_shape=None, **k
 
 @register_flop_formula(torch.ops.longspan.attention_backward)
 def _backward_flops(
-    dout_shape, q_shape, k_shape, v_shape, lse_shape, delta_shape, saved_shape, handle, *args, **kwargs
+    dout_shape, q_shape, k_shape, v_shape, own_shape, lse_shape, delta_shape, saved_shape, handle, *args, **kwargs
 ) -> int:
     """Five matmuls over the allowed pairs of this rank."""
     return 10 * bound(handle).built.backward.area * q_shape[0] * q_shape[3]

@@ -132,11 +132,12 @@ def _run(
     inputs: list[Record],
     settings: Settings,
     saved: Tensor | None,
+    out: Tensor | None,
     recorded: list[Tensor],
     wire: _Wire,
 ) -> Worker:
     """One rank alone: as ``run``, with a wire in place of the others."""
-    worker = Worker(program, inputs, settings, saved)
+    worker = Worker(program, inputs, settings, saved, out)
     batches = iter(_batches(program))
     arrivals: list[Arrival | None] = []
     for step in program.steps:
@@ -186,8 +187,10 @@ def rank_times(
     result = emulate(schedule, geometry, *inputs[:3], settings, inputs[3], played)
     forward, backward = (
         [
-            _timed(program, own, settings, saved, arrivals, wire, repetitions)
-            for program, own, saved, arrivals in zip(p.programs, p.inputs, p.saved, p.arrivals, strict=True)
+            _timed(program, own, settings, saved, out, arrivals, wire, repetitions)
+            for program, own, saved, out, arrivals in zip(
+                p.programs, p.inputs, p.saved, p.outs, p.arrivals, strict=True
+            )
         ]
         for p in played
     )
@@ -199,6 +202,7 @@ def _timed(
     inputs: list[Record],
     settings: Settings,
     saved: Tensor | None,
+    out: Tensor | None,
     arrivals: list[Tensor],
     wire: _Wire,
     repetitions: int,
@@ -210,7 +214,7 @@ def _timed(
         torch.cuda._sleep(_HEAD_START)
         marks[0].record()
         start_s = time.perf_counter()
-        _run(program, inputs, settings, saved, arrivals, wire)
+        _run(program, inputs, settings, saved, out, arrivals, wire)
         host.append(time.perf_counter() - start_s)
         marks[1].record()
         torch.cuda.synchronize()

@@ -92,8 +92,9 @@ class Rotary:
         """cos and sin of the pairs' angles, times the attention factor, in fp32 at least (fp64 for fp64)."""
         inv_freq, factor = self._inverse_frequencies(positions.device)
         wide = torch.promote_types(dtype, torch.float32)
-        angles = positions.to(wide)[:, None] * inv_freq.to(wide)
-        return angles.cos() * factor, angles.sin() * factor
+        if torch.compiler.is_compiling():
+            return angles_op(positions, inv_freq.to(wide), factor)
+        return _angles(positions, inv_freq.to(wide), factor)
 
     def _inverse_frequencies(self, device: torch.device) -> tuple[Tensor, float]:
         factor = yarn_attention_factor(self.config.scaling) if isinstance(self.config.scaling, YarnScaling) else 1.0
@@ -107,6 +108,23 @@ class Rotary:
         if type(inv_freq) is Tensor and not torch.compiler.is_compiling():
             self._frequencies[device] = inv_freq
         return inv_freq, factor
+
+
+def _angles(positions: Tensor, inv_freq: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    angles = positions.to(inv_freq.dtype)[:, None] * inv_freq
+    return angles.cos() * factor, angles.sin() * factor
+
+
+@torch.library.custom_op("longspan::rotary_angles", mutates_args=())
+def angles_op(positions: Tensor, inv_freq: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """`_angles` that a compiler does not look into: it would take cos and sin again for every head and in backward."""
+    return _angles(positions, inv_freq, factor)
+
+
+@angles_op.register_fake
+def _(positions: Tensor, inv_freq: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    shape = positions.shape[0], inv_freq.shape[0]
+    return inv_freq.new_empty(shape), inv_freq.new_empty(shape)
 
 
 def rotate(

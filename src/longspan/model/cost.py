@@ -17,6 +17,7 @@ import torch
 
 from longspan.mixers.flops import attend_flops, num_parameters, projection_flops
 from longspan.model.config import DecoderConfig, LearnedPositionsConfig
+from longspan.model.loss import default_chunk
 from longspan.model.offload import NUM_ON_DEVICE
 from longspan.model.recompute import Recompute, check_recompute
 
@@ -160,7 +161,7 @@ def peak_bytes(
     dtype: torch.dtype,
     recompute: Recompute,
     *,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int | None = None,
     device_type: str = "cuda",
     moves: bool = False,
 ) -> int:
@@ -172,7 +173,7 @@ def peak_bytes(
 
     Args:
         batch, local_tokens, dtype, recompute: as for `activation_bytes`.
-        chunk_tokens: rows of logits that the loss holds at a time.
+        chunk_tokens: rows of logits that the loss holds at a time; None: as many as the decoder has it do.
         device_type: a CPU holds fp32 copies of a half-precision head in the loss.
         moves: what blocks keep goes to the host (`model.offload`); the bytes are the device's then.
 
@@ -185,8 +186,9 @@ def peak_bytes(
             f"the peak is counted for mlps alone, got {config.moe.num_experts} experts; take `activation_bytes` and "
             "the gradients of `parameters` for a lower bound"
         )
+    chunk_tokens = default_chunk(config.hidden_size) if chunk_tokens is None else chunk_tokens
     if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}; 1024 is the default")
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}; None takes the decoder's own")
     kept = activation_bytes(config, batch, local_tokens, dtype, recompute)
     num_tokens, wide, item = batch * local_tokens, _wide(dtype), dtype.itemsize
     states = num_tokens * config.hidden_size * item

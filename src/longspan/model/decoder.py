@@ -18,7 +18,7 @@ from longspan.mixers.rotary import Rotary
 from longspan.mixers.softmax import Attention
 from longspan.model.config import DecoderConfig
 from longspan.model.local import LocalContext
-from longspan.model.loss import Words, chunked_cross_entropy
+from longspan.model.loss import Words, chunked_cross_entropy, default_chunk
 from longspan.model.moe import Experts, Moe, Routing, balance_loss, reset_balance
 from longspan.model.part import ALL, Layers, ModelPart
 from longspan.model.parts import Block, Mlp, make_norm
@@ -133,9 +133,10 @@ class DecoderLM(nn.Module):
         labels: Int64[Tensor, "b l"],
         ctx: Context | None = None,
         *,
-        chunk_tokens: int = 1024,
+        chunk_tokens: int | None = None,
     ) -> Losses:
-        """Cross-entropy and auxiliary loss apart; full logits never exist. Collective where experts are balanced.
+        """Cross-entropy and auxiliary loss apart; full logits never exist, but for `chunk_tokens` rows at a time (None:
+        `default_chunk`). Collective where experts are balanced.
 
         With balance "bias" and gradients on, the experts' load is noted for `balance`. Under tensor parallelism every
         rank of a group has the same cross-entropy, and its own part of the gradient.
@@ -150,7 +151,7 @@ class DecoderLM(nn.Module):
         labels: Int64[Tensor, "b l"],
         ctx: Context | None = None,
         *,
-        chunk_tokens: int = 1024,
+        chunk_tokens: int | None = None,
     ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
         """What is minimised, and the number of labels: of `losses`, the cross-entropy plus the auxiliary loss."""
         # Not self.losses, which may have FSDP's hooks of its own.
@@ -172,7 +173,7 @@ class DecoderLM(nn.Module):
         aux = self._aux(routings, ctx)
         if layers.stop < self.config.num_layers:
             return x, aux
-        return self._cross_entropy(self._normed(x, ctx), labels, 1024)[0], aux
+        return self._cross_entropy(self._normed(x, ctx), labels)[0], aux
 
     def balance(self, ctx: Context | None = None) -> None:
         """Moves the bias of every sparse layer against the load since the last call; does nothing without biases.
@@ -261,7 +262,8 @@ class DecoderLM(nn.Module):
         assert self.norm is not None
         return self.part.split.gather(self.norm(x), ctx.positions.shape[0])
 
-    def _cross_entropy(self, hidden: Tensor, labels: Tensor, chunk_tokens: int) -> tuple[Tensor, Tensor]:
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor, chunk_tokens: int | None = None) -> tuple[Tensor, Tensor]:
+        chunk_tokens = default_chunk(self.config.hidden_size) if chunk_tokens is None else chunk_tokens
         split, total = self.part.split, self.config.vocab_size
         words = None if split.size == 1 else Words(split.share(total).start, total, split.group)
         return chunked_cross_entropy(

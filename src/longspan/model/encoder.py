@@ -21,7 +21,7 @@ from longspan.model.config import MlpKind
 from longspan.model.decoder import init_weights
 from longspan.model.encoder_config import EncoderConfig, PatchesConfig, TokensConfig
 from longspan.model.local import LocalContext
-from longspan.model.loss import IGNORED, chunked_cross_entropy
+from longspan.model.loss import IGNORED, chunked_cross_entropy, default_chunk
 from longspan.model.part import Layers
 from longspan.model.parts import Block, activation, make_norm
 
@@ -193,12 +193,13 @@ class Encoder(nn.Module):
         ctx: Context | None = None,
         *,
         types: Int64[Tensor, "b l"] | None = None,
-        chunk_tokens: int = 1024,
+        chunk_tokens: int | None = None,
     ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
         """Summed cross-entropy (nats) over labels but -100, and their number, of a masked-LM or a classifier.
 
         `labels` are (b, l), the tokens that stood where the input is masked and -100 elsewhere; or (rows,), a class for
-        each row that `forward` answers for here.
+        each row that `forward` answers for here. `chunk_tokens`: rows of a masked-LM's logits that exist at one time;
+        None: `default_chunk`.
 
         Raises:
             ValueError: as `forward`, labels of another shape, or a head that has no such loss.
@@ -207,6 +208,7 @@ class Encoder(nn.Module):
         hidden = self.hidden(inputs, ctx, types=types)
         if isinstance(self.head, MaskedLMHead):
             states, bias = self.head(hidden), self.head.bias
+            chunk_tokens = default_chunk(self.config.hidden_size) if chunk_tokens is None else chunk_tokens
             return chunked_cross_entropy(states, self._embedding(), labels, chunk_tokens=chunk_tokens, bias=bias)
         if self.head is None or self.config.head != "classifier":
             raise ValueError(

@@ -27,6 +27,12 @@ from torch import Tensor
 IGNORED = -100
 
 
+def default_chunk(hidden_size: int) -> int:
+    """Tokens whose logits exist at one time: such that these take no more than the head's gradient, which every chunk
+    reads and writes once."""
+    return max(1024, hidden_size)
+
+
 class Words(NamedTuple):
     """The run of the vocabulary whose rows of the head this rank holds, the others of `group` holding the rest."""
 

@@ -50,6 +50,8 @@ class Plan:
         mlp_tile: tokens that an MLP mixes at a time; 0 for all.
         compile: blocks through torch.compile, which fuses norms, rotations and activations; seconds to a minute at the
             first step of every shape.
+        activation_budget: share (above 0, up to 1) of what compiled blocks would keep for the backward that they may
+            keep: the compiler chooses what is cheapest to compute again. Below 1 with ``compile`` alone.
         offload: what is in host memory: "activations" (what ``recompute`` keeps of each block), "layers" (parameters of
             blocks but for those at work, gradients, optimiser state; one rank), or "both".
         offload_gib: most host memory for activations, in GiB; 0 for no limit. What finds no room stays on the device.
@@ -70,6 +72,7 @@ class Plan:
     precision: Precision = "auto"
     mlp_tile: int = 0
     compile: bool = False
+    activation_budget: float = 1.0
     offload: Offload = "none"
     offload_gib: int = 0
 
@@ -94,6 +97,7 @@ class Plan:
                 )
         self._check_sharding()
         self._check_stages()
+        self._check_compile()
         self._check_offload()
         if self.method != "auto":
             check_name(self.method)
@@ -111,7 +115,7 @@ class Plan:
                 f"a plan's replicas must divide data, got {self.replicas} for data {self.data}; change one"
             )
 
-    def _check_offload(self) -> None:
+    def _check_compile(self) -> None:
         if self.compile and (self.tensor > 1 or self.expert > 1 or self.offload != "none"):
             raise ValueError(
                 f"blocks are compiled whole and where they lie, got compile with tensor {self.tensor}, expert "
@@ -119,9 +123,16 @@ class Plan:
             )
         if self.compile and self.recompute != "none":
             raise ValueError(
-                f"compiled blocks are not recomputed yet (torch 2.11 fails on it), got compile with recompute "
-                f"{self.recompute}; leave one of the two out"
+                f"compiled blocks are recomputed by activation_budget, got compile with recompute {self.recompute}; "
+                "set recompute to none, and activation_budget to 0.6, say"
             )
+        if not 0 < self.activation_budget <= 1 or (self.activation_budget < 1 and not self.compile):
+            raise ValueError(
+                f"activation_budget is a share of what compiled blocks keep, got {self.activation_budget} with compile "
+                f"{self.compile}; take a number above 0 and up to 1, and set compile"
+            )
+
+    def _check_offload(self) -> None:
         if self.moves_activations and self.recompute == "none":
             raise ValueError(
                 f"a plan that offloads activations keeps few of them, got offload {self.offload!r} with recompute "

@@ -122,7 +122,7 @@ class Trainer:
         self.model, self.pipeline = make_model(decoder, config, plan, self.mesh, device)
         self.stream = stream(self.model, plan, device)
         self.masters = master_weights(self.model, plan, self.mesh)
-        fused = device.type == "cuda" or self.stream is not None
+        fused = self.masters is None and (device.type == "cuda" or self.stream is not None)
         self.optimizer = make_optimizer(self.model, config.optim, fused=fused)
         self.prepare = make_prepare(decoder, plan, self.mesh, device)
         self._contexts: dict[tuple[int, int], SequenceContext] = {}
@@ -175,11 +175,16 @@ class Trainer:
 
         The auxiliary loss is in the gradient, not in what is returned.
         """
-        return self._losses(*self._backward(micros))["loss"]
+        backward = self._backward(micros)
+        if self.masters is not None:
+            self.masters.settle()
+        nats, total = backward
+        return self._losses(nats.tolist(), total)["loss"]
 
     def _backward(self, micros: list[tuple[Batch, Prepared | None]]) -> tuple[Tensor, float]:
-        """As `gradients`; returns this rank's part of the cross-entropy and the auxiliary loss in nats, (2,), and the
-        number of labels of all ranks. A GPU may still be at work: nothing has waited for it."""
+        """As `gradients`, which may still be those of working copies; returns this rank's part of the cross-entropy
+        and the auxiliary loss in nats, (2,), and the number of labels of all ranks. A GPU may still be at work: nothing
+        has waited for it."""
         mesh, labels = self.mesh, sum(batch.num_labels for batch, _ in micros)
         # Ranks that share a sequence or its layers hold the same batch: count it once.
         (total,) = reduce_sums([labels / (mesh.context.size * mesh.tensor.size * mesh.pipeline.size)])
@@ -199,15 +204,15 @@ class Trainer:
                 loss, _, aux = self.model.losses(*self._micro(*given))
                 ((loss if aux is None else loss + aux) * scale).backward()
                 nats += torch.stack([x.detach().double() for x in (loss, loss * 0 if aux is None else aux)])
-                if self.masters is not None:
-                    self.masters.settle()
+                if self.masters is not None and len(micros) > 1:
+                    self.masters.settle()  # sums are in fp32
         self.settle()
         self._sum_shared()
         return nats, total
 
-    def _losses(self, nats: Tensor, total: float) -> dict[str, float]:
+    def _losses(self, nats: list[float], total: float) -> dict[str, float]:
         """`loss` and, where the model has one, `aux_loss`, per label."""
-        cross_entropy, aux = nats.tolist()
+        cross_entropy, aux = nats
         cross_entropy, aux = reduce_sums([cross_entropy / self.mesh.tensor.size, aux])
         moe = self.model.config.moe
         has_aux = moe is not None and moe.balance in ("aux", "aux_pooled")
@@ -254,7 +259,7 @@ class Trainer:
             copies = sharers.size(0) * (1 if name in split else mesh.tensor.size) * (2 if twice else 1)
             local = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
             grads.setdefault(copies, []).append(local)
-        squares = [torch.nn.utils.get_total_norm(same).square() / copies for copies, same in grads.items()]
+        squares = [_square_sum(same) / copies for copies, same in grads.items()]
         total = torch.stack(squares).sum().to(self.device)
         dist.all_reduce(total)
         return total.sqrt().to(squares[0].device)
@@ -267,24 +272,39 @@ class Trainer:
     def step(self, step: int, num_steps: int, micros: list[tuple[Batch, Prepared | None]]) -> dict[str, float]:
         """One optimiser step. Raises NotFiniteError before the update where loss or gradient is not finite."""
         self.optimizer.zero_grad(set_to_none=True)
-        backward = self._backward(micros)
+        nats, total = self._backward(micros)
         norm = self.gradient_norm()
-        losses, size = self._losses(*backward), norm.item()
+        # The one time that the host waits for the device: it has the optimiser's work before it waits again.
+        *local, size = torch.cat([nats.to(norm.device), norm.double()[None]]).tolist()
+        losses = self._losses(local, total)
         loss = losses["loss"]
         if not (math.isfinite(loss) and math.isfinite(size)):
+            if self.masters is not None:
+                self.masters.settle()
             raise NotFiniteError(
                 f"the loss of step {step + 1} is {loss:g} and the gradient's norm {size:g}: stopped before the "
                 f"optimiser step; the largest gradient is in {largest_gradient(self.model)}"
             )
-        if 0 < self.config.optim.clip < size:  # else nothing would change
-            for group in self.optimizer.param_groups:
-                torch.nn.utils.clip_grads_with_norm_(group["params"], self.config.optim.clip, norm)
         rate = self.config.optim.rate(step, num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        clips = 0 < self.config.optim.clip < size  # else nothing would change
+        if self.masters is not None:
+            self.masters.update(self.optimizer, self.config.optim.clip / size if clips else 1.0)
+        else:
+            if clips:
+                for group in self.optimizer.param_groups:
+                    torch.nn.utils.clip_grads_with_norm_(group["params"], self.config.optim.clip, norm)
+            self.optimizer.step()
         self.model.balance(self._last_context)
         return {**losses, "gradient_norm": size, "learning_rate": rate}
+
+
+def _square_sum(tensors: list[Tensor]) -> Tensor:
+    """Sum of all squares, in fp32 at least whatever the tensors are in."""
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    norms = torch._foreach_norm(tensors, 2, dtype=wide)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.stack(norms).square().sum()
 
 
 def largest_gradient(model: DecoderLM) -> str:
@@ -321,9 +341,8 @@ class Meter:
         self.device, self._last_s = device, time.perf_counter()
 
     def read(self, num_tokens: int) -> tuple[float, int]:
-        """(tokens/s since the last reading, this rank's peak memory in bytes)."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        """(tokens/s since the last reading, this rank's peak memory in bytes). A GPU may be at the optimiser's work: it
+        is not waited for, and what is left of it falls into the next reading."""
         now = time.perf_counter()
         rate = num_tokens / max(1e-9, now - self._last_s)
         self._last_s = now

@@ -11,6 +11,7 @@ On one rank there is no FSDP: mixed precision is that of `longspan.train.precisi
 from __future__ import annotations
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -138,6 +139,7 @@ def apply_saving(root: nn.Module, plan: Plan, *, min_bytes: int = 2**20) -> None
         torch._dynamo.config.allow_unspec_int_on_nn_module = True
         # What attention keeps for its backward has a size that the mask decides.
         torch._dynamo.config.capture_dynamic_output_shape_ops = True
+        functorch_config.activation_memory_budget = plan.activation_budget
         for block in root.blocks:  # type: ignore[union-attr]
             block.compile(dynamic=False)
 

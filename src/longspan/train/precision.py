@@ -1,41 +1,52 @@
 """Mixed precision on one rank without FSDP: bf16 weights for the computation, fp32 masters for the optimiser
 (Micikevicius et al. 2017, arXiv:1710.03740, section 3.1).
 
-The model's parameters stay what they are, fp32, for optimiser, checkpoints and export. While ``working``, the modules
-hold bf16 copies in their places; ``settle`` puts the masters back and adds the copies' gradients to theirs, in fp32.
+The model's parameters stay what they are, fp32, for checkpoints and export. While ``working``, the modules hold bf16
+copies in their places, which the gradients are of. ``update`` takes an optimiser step in one pass over both; ``settle``
+puts the masters back and adds the copies' gradients to theirs, in fp32, for several micro-batches or for whoever wants
+to look at them. What is not trained has no master: it becomes what the computation takes.
 
-Bytes for n parameters, beside the optimiser's: 2·n for the copies; a step reads and writes 6·n to refresh them and
-6·n for the gradients.
+Bytes for n trained parameters, beside the optimiser's: 2·n for the copies.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.optim import AdamW
+
+from longspan.train.adamw import Hyper, adamw_
 
 
 class MasterWeights:
-    """Keeps working copies of a model's parameters in ``dtype``; shared parameters have one copy."""
+    """Keeps working copies of a model's trained parameters in ``dtype``; shared parameters have one copy."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
         copies: dict[nn.Parameter, nn.Parameter] = {}
         for module in model.modules():
             for name, master in module.named_parameters(recurse=False, remove_duplicate=False):
+                if not master.requires_grad:
+                    master.data = master.data.to(dtype)
+                    continue
                 if master not in copies:
-                    copies[master] = nn.Parameter(torch.empty_like(master, dtype=dtype), master.requires_grad)
+                    copies[master] = nn.Parameter(torch.empty_like(master, dtype=dtype))
                 self._places.append((module, name, master, copies[master]))
-        self._masters, self._copies = list(copies), list(copies.values())
+        self._copies = copies
+        self._fresh: dict[nn.Parameter, int] = {}  # masters whose copies are theirs, by the version of their values
         self._working = False
 
     def work(self) -> None:
         """Puts copies of the masters' present values into the modules; does nothing while they are there."""
         if self._working:
             return
-        with torch.no_grad():
-            torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
-                self._data(self._copies), self._data(self._masters)
-            )
+        stale = [master for master in self._copies if self._fresh.get(master) != master._version]
+        if stale:
+            with torch.no_grad():
+                torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+                    [self._copies[master].data for master in stale], [master.data for master in stale]
+                )
+            self._note(stale)
         self._place(working=True)
 
     @torch.no_grad()
@@ -44,7 +55,7 @@ class MasterWeights:
         if not self._working:
             return
         self._place(working=False)
-        for master, copy in zip(self._masters, self._copies, strict=True):
+        for master, copy in self._copies.items():
             if copy.grad is None:
                 continue
             if master.grad is None:
@@ -53,11 +64,37 @@ class MasterWeights:
                 master.grad += copy.grad
             copy.grad = None
 
+    def update(self, optimizer: AdamW, factor: float) -> None:
+        """A step of the optimiser, whose parameters are the masters, from gradients times ``factor`` of copies or,
+        after ``settle``, of masters; the masters are back then, the copies theirs, and the gradients gone."""
+        updated = []
+        for group in optimizer.param_groups:
+            beta1, beta2 = group["betas"]
+            hyper = None
+            for master in group["params"]:
+                copy = self._copies[master]
+                grad = copy.grad if master.grad is None else master.grad
+                if grad is None:
+                    continue
+                state = optimizer.state[master]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)  # on the host: it is read there
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+                state["step"] += 1
+                step = int(state["step"])
+                if hyper is None or hyper.step != step:
+                    rates = {name: group[name] for name in ("lr", "eps", "weight_decay")}
+                    hyper = Hyper(**rates, beta1=beta1, beta2=beta2, factor=factor, step=step)
+                adamw_(master.data, copy.data, grad, state["exp_avg"], state["exp_avg_sq"], hyper)
+                master.grad = copy.grad = None
+                updated.append(master)
+        self._note(updated)
+        self._place(working=False)
+
+    def _note(self, masters: list[nn.Parameter]) -> None:
+        self._fresh |= {master: master._version for master in masters}
+
     def _place(self, *, working: bool) -> None:
         for module, name, master, copy in self._places:
             module._parameters[name] = copy if working else master
         self._working = working
-
-    @staticmethod
-    def _data(parameters: list[nn.Parameter]) -> list[Tensor]:
-        return [parameter.data for parameter in parameters]
