@@ -26,7 +26,7 @@ from longspan.bench.catalogue import (
 )
 from longspan.context.methods import METHODS
 from longspan.layout.tokens import LAYOUTS
-from longspan.model.huggingface import ARCHITECTURES
+from longspan.model.hf_table import ARCHITECTURES
 from tests.data import REPOSITORY
 
 

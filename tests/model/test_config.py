@@ -37,6 +37,14 @@ BASE = DecoderConfig(
         },
         {"positions": RotaryConfig(theta=5e5, scaling=Llama3Scaling(factor=8.0))},
         {"positions": RotaryConfig(scaling=LinearScaling(factor=2.0))},
+        {
+            "windows": (3, None, 3),
+            "windowed_positions": RotaryConfig(theta=50.0, scaling=LinearScaling(factor=2.0)),
+            "embed_scale": 4.5,
+            "final_softcap": 30.0,
+            "norm": NormConfig(kind="rms_plus_one"),
+            "wiring": "sandwich",
+        },
         {"positions": RotaryConfig(scaling=YarnScaling(factor=2.0, original_max_positions=64, truncate=False))},
     ],
 )
@@ -69,9 +77,15 @@ def test_json_round_trip(changes: dict[str, object]) -> None:
         (("num_layers",), 0, "num_layers must be positive, got 0"),
         (("windows",), [3], "windows must be empty or have one entry for each of the 3 layers"),
         (("windows",), [3, 0, None], "a window must be positive or None"),
-        (("wiring",), "serial", "wiring must be sequential or parallel, got 'serial'"),
+        (("wiring",), "serial", "wiring must be sequential, parallel, sandwich or post, got 'serial'"),
         (("attention", "head_dim"), 5, "rotary positions need an even head_dim, got 5"),
         (("norm", "eps"), 0.0, "norm eps must be positive"),
+        (("norm", "kind"), "batch", "norm kind must be rms, rms_plus_one or layer, got 'batch'"),
+        (("attention", "qk_norm_kind"), "layer", "qk_norm_kind must be rms or rms_plus_one, got 'layer'"),
+        (("final_softcap",), 0.0, "final_softcap must be positive, got 0"),
+        (("embed_scale",), -1.0, "embed_scale must be positive, got -1"),
+        (("windowed_positions",), {"kind": "rotary"}, "windowed_positions need layers with a window"),
+        (("windowed_positions",), {"kind": "learned"}, "kind of windowed_positions must be one of"),
     ],
 )
 def test_refused_with_one_line(path: tuple[str, ...], value: object, words: str) -> None:

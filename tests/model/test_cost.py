@@ -72,6 +72,41 @@ CONFIGS = {
         mlp=MlpConfig(kind="gelu", inner_size=8),
         positions=LearnedPositionsConfig(max_positions=67),
     ),
+    "gemma": DecoderConfig(
+        num_layers=3,
+        hidden_size=20,
+        vocab_size=61,
+        attention=AttentionConfig(
+            num_heads=4, num_kv_heads=2, head_dim=8, qk_norm_eps=1e-6, qk_norm_kind="rms_plus_one", scale=0.3
+        ),
+        mlp=MlpConfig(kind="geglu_tanh", inner_size=36),
+        norm=NormConfig(kind="rms_plus_one"),
+        wiring="sandwich",
+        tie_embeddings=True,
+        # As long as the longest row: the rotation differs, the mask does not.
+        windows=(67, None, 67),
+        windowed_positions=RotaryConfig(theta=100.0),
+        embed_scale=20**0.5,
+        final_softcap=2.0,
+    ),
+    "sandwich-layer": DecoderConfig(
+        num_layers=2,
+        hidden_size=16,
+        vocab_size=31,
+        attention=AttentionConfig(num_heads=2, head_dim=8),
+        mlp=MlpConfig(kind="gelu", inner_size=40),
+        norm=NormConfig(kind="layer"),
+        wiring="sandwich",
+    ),
+    "post": DecoderConfig(
+        num_layers=2,
+        hidden_size=16,
+        vocab_size=31,
+        attention=AttentionConfig(num_heads=2, head_dim=8),
+        mlp=MlpConfig(kind="gelu", inner_size=40),
+        norm=NormConfig(kind="layer"),
+        wiring="post",
+    ),
 }
 DENSE = dict(CONFIGS)
 CONFIGS |= {
@@ -189,7 +224,8 @@ def test_kept_bytes_equal_the_live_storages(config, recompute, dtype, b, n):
 
 
 def num_norms_kept(config, recompute):
-    return 1 if recompute != "none" else 1 + config.num_layers * (2 if config.wiring == "sequential" else 1)
+    a_block = {"sequential": 2, "parallel": 1, "sandwich": 4, "post": 2}[config.wiring]
+    return 1 if recompute != "none" else 1 + config.num_layers * a_block
 
 
 class Peak(Storages):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 
-from longspan.mixers.config import AttentionConfig
+from longspan.mixers.config import AttentionConfig, RotaryConfig
 from longspan.model.config import DecoderConfig, LearnedPositionsConfig, MlpConfig, NormConfig
 from longspan.model.decoder import DecoderLM, build, init_weights
 from longspan.model.local import LocalContext
@@ -33,7 +33,19 @@ GPT2 = dataclasses.replace(
     tie_embeddings=True,
 )
 PARALLEL = dataclasses.replace(BASE, wiring="parallel", windows=(3, None), mlp=MlpConfig(kind="gelu", inner_size=9))
-CONFIGS = {"llama": BASE, "gpt2": GPT2, "parallel": PARALLEL}
+GEMMA = dataclasses.replace(
+    BASE,
+    mlp=MlpConfig(kind="geglu_tanh", inner_size=19),
+    norm=NormConfig(kind="rms_plus_one"),
+    wiring="sandwich",
+    windows=(4, None),
+    windowed_positions=RotaryConfig(theta=50.0),
+    embed_scale=3.3,
+    final_softcap=1.5,
+    tie_embeddings=True,
+)
+POST = dataclasses.replace(GPT2, wiring="post")
+CONFIGS = {"llama": BASE, "gpt2": GPT2, "parallel": PARALLEL, "gemma": GEMMA, "post": POST}
 
 
 def ids(n: int, rows: int = 2, seed: int = 0) -> torch.Tensor:
@@ -69,6 +81,12 @@ def test_block_wiring(name: str) -> None:
     if CONFIGS[name].wiring == "parallel":
         n = block.norm_mixer(x)
         want = x + block.mixer(n, ctx) + block.mlp(n)
+    elif CONFIGS[name].wiring == "sandwich":
+        y = x + block.norm_mixer_out(block.mixer(block.norm_mixer(x), ctx))
+        want = y + block.norm_mlp_out(block.mlp(block.norm_mlp(y)))
+    elif CONFIGS[name].wiring == "post":
+        y = block.norm_mixer(x + block.mixer(x, ctx))
+        want = block.norm_mlp(y + block.mlp(y))
     else:
         y = x + block.mixer(block.norm_mixer(x), ctx)
         want = y + block.mlp(block.norm_mlp(y))
@@ -146,6 +164,8 @@ def test_initial_weights() -> None:
     assert named["blocks.1.mlp.up.weight"].std().item() == pytest.approx(0.05, rel=0.05)
     assert (named["norm.weight"] == 1).all()
     assert all((p == 0).all() for name, p in build(GPT2, device="cpu").named_parameters() if name.endswith("bias"))
+    norms = {name: p for name, p in build(GEMMA, device="cpu").named_parameters() if "norm" in name}
+    assert len(norms) == 9 and all((p == 0).all() for p in norms.values())
     rows = torch.cat([p.flatten()[:20] for p in named.values() if p.ndim == 2])
     assert rows.unique().numel() == rows.numel()
     # No row is another's copy, across the groups of rows that are drawn together.
@@ -168,6 +188,21 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     assert torch.equal(low["embed.weight"], embeddings[0].bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_embeddings_factor_is_rounded_to_its_dtype(dtype: torch.dtype) -> None:
+    seen: list[torch.Tensor] = []
+
+    def note(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        seen.append(args[0])
+
+    for scale in (3072**0.5, 0.1, 1.0, 1e-3, 2**-9 * 257):
+        model = build(dataclasses.replace(BASE, embed_scale=scale), device="cpu", dtype=dtype)
+        model.blocks[0].register_forward_pre_hook(note)
+        model(ids(5))
+        assert model.embed is not None
+        assert torch.equal(seen.pop(), model.embed(ids(5)) * torch.tensor(scale, dtype=torch.float64).to(dtype))
+
+
 def test_meta_models_hold_nothing_and_say_so() -> None:
     model = build(BASE)
     assert all(p.is_meta for p in model.parameters()) and not list(model.buffers())
@@ -175,9 +210,10 @@ def test_meta_models_hold_nothing_and_say_so() -> None:
         init_weights(model, 0)
 
 
-def test_compiles_as_one_graph() -> None:
+@pytest.mark.parametrize("config", [BASE, GEMMA])
+def test_compiles_as_one_graph(config: DecoderConfig) -> None:
     torch._dynamo.reset()
-    model = build(BASE, device="cpu")
+    model = build(config, device="cpu")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(ids(9)), model(ids(9)))
 

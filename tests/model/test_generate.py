@@ -12,6 +12,7 @@ from longspan.model.config import DecoderConfig, LearnedPositionsConfig, MlpConf
 from longspan.model.decoder import build
 from longspan.model.generate import CachedContext, generate, sample
 from longspan.model.huggingface import load_pretrained
+from tests.model.test_decoder import GEMMA, ids
 from tests.oracles.attention_plain import causal_attention
 
 STEPS = [(13,), (1,) * 13, (7, 1, 1, 4), (1, 12)]
@@ -50,6 +51,23 @@ def test_cached_attention_equals_the_formula(steps, h, g, window, scale, softcap
     if window is None:
         wrong = torch.from_numpy(causal_attention(q, k, v, window=2, scale=scale, softcap=softcap))
         assert (wrong - want).abs().max() > 1e-2
+
+
+def test_steps_of_windows_rotations_and_softcaps_equal_the_uncached_model():
+    config = replace(GEMMA, attention=replace(GEMMA.attention, softcap=2.0, scale=0.3))
+    model, prompt = build(config, device="cpu"), ids(9)
+    want = prompt
+    for _ in range(6):
+        want = torch.cat((want, model(want)[:, -1].argmax(-1, keepdim=True)), 1)
+    got = torch.tensor(list(generate(model, prompt, max_new_tokens=6, temperature=0))).T
+    assert torch.equal(got, want[:, 9:])
+    ctx = CachedContext(capacity=4)
+    with torch.no_grad():
+        steps = []
+        for start, stop in ((0, 4), (4, 5), (5, 9)):
+            ctx.extend(stop - start)
+            steps.append(model(prompt[:, start:stop], ctx))
+    torch.testing.assert_close(torch.cat(steps, 1), model(prompt), rtol=1e-5, atol=1e-5)
 
 
 def test_bf16_cache_keeps_the_dtype_and_counts_its_bytes():

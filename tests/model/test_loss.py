@@ -196,3 +196,20 @@ def test_wrong_arguments_are_refused(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         chunked_cross_entropy(**arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_bias_is_one_more_column_of_the_head(softcap):
+    hidden, weight, labels = problem(2, 7, 5, 11, torch.float64)
+    bias = torch.linspace(-2, 2, 11, dtype=torch.float64, requires_grad=True)
+    total, _ = chunked_cross_entropy(hidden, weight, labels, chunk_tokens=3, softcap=softcap, bias=bias)
+    got = torch.autograd.grad(0.37 * total, (hidden, weight, bias))
+    wide = torch.cat((hidden, torch.ones(2, 7, 1, dtype=torch.float64)), -1)
+    want_total, _, dhidden, dweight = oracle(wide, torch.cat((weight, bias[:, None]), 1), labels, softcap)
+    assert error(total, want_total) < 1e-12
+    for grad, want in zip(got, (dhidden[..., :-1], dweight[:, :-1], dweight[:, -1]), strict=True):
+        assert error(grad, 0.37 * want) < 1e-12
+    frozen, _ = chunked_cross_entropy(hidden.detach(), weight.detach(), labels, softcap=softcap, bias=bias)
+    torch.testing.assert_close(torch.autograd.grad(0.37 * frozen, bias)[0], got[2])
+    with pytest.raises(ValueError, match=r"each of the 11 rows of weight, got \(10,\)"):
+        chunked_cross_entropy(hidden, weight, labels, bias=bias[:10])

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from longspan.mixers.config import AttentionConfig
+from longspan.mixers.config import AttentionConfig, LinearScaling, RotaryConfig
 from longspan.model.config import LearnedPositionsConfig, MlpConfig, NormConfig
+from longspan.model.encoder_config import EncoderConfig, TokensConfig
 from longspan.plan.plan import Plan
 from longspan.train.parallel import check_plan
 from tests.ranks import RankError, run_ranks
@@ -98,10 +99,48 @@ LEARNED = replace(
 )  # no bias of k: without a rotation its gradient is zero
 
 
-@pytest.mark.parametrize("config", [BIASED, LEARNED], ids=["biases, layer norms, windows", "learned, parallel"])
+POST = replace(BIASED, wiring="post")
+
+
+@pytest.mark.parametrize(
+    "config", [BIASED, LEARNED, POST], ids=["biases, layer norms, windows", "learned, parallel", "post"]
+)
 @pytest.mark.parametrize("plan", [Plan(context=1, tensor=2), Plan(context=1, tensor=2, pipeline=2)], ids=named)
 def test_other_parts(plan: Plan, config: Any) -> None:
     assert_parity(plan, plan.tensor * plan.pipeline, config, num_micro=3)
+
+
+# All that Gemma 2 and 3 have, at once; caps so low that they bite.
+GEMMA = replace(
+    DEEP,
+    attention=AttentionConfig(
+        num_heads=4, head_dim=6, num_kv_heads=2, qk_norm_eps=1e-6, qk_norm_kind="rms_plus_one", scale=0.5, softcap=1.5
+    ),
+    mlp=MlpConfig(kind="geglu_tanh", inner_size=41),
+    norm=NormConfig(kind="rms_plus_one"),
+    positions=RotaryConfig(theta=500.0, scaling=LinearScaling(factor=8.0)),
+    wiring="sandwich",
+    windows=(9, 9, None, 9, None),
+    init_std=0.1,
+    windowed_positions=RotaryConfig(theta=20.0),
+    embed_scale=24**0.5,
+    final_softcap=1.0,
+)
+
+
+@pytest.mark.parametrize("plan", [*AXES.values(), joined(AXES["tensor"], AXES["pipeline"])], ids=named)
+def test_gemma(plan: Plan) -> None:
+    assert_parity(plan, 4 if plan.pipeline * plan.tensor == 4 else 2, GEMMA, num_micro=3)
+
+
+def test_gemma_streamed() -> None:
+    assert_parity(Plan(context=1, offload="both", recompute="attention"), 1, GEMMA)
+
+
+@pytest.mark.parametrize("recompute", ["full", "attention"])
+def test_gemma_recomputed_in_packed_documents(recompute: Any) -> None:
+    plan = replace(AXES["context"], shard="zero3", recompute=recompute)
+    assert_parity(plan, 2, GEMMA, num_micro=3, documents=True)
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(7, 1), (6, 3), (10, 5), (9, 3)])
@@ -117,10 +156,19 @@ def deaf_rank(rank: int, world: int) -> Any:
     return one_rank(rank, world, Plan(context=1, tensor=2), CONFIG, 1, False, False)
 
 
-def test_the_comparison_bites() -> None:
-    """Tensor ranks that do not add up what they hold together do not pass."""
+def uncapped_rank(rank: int, world: int) -> Any:
+    from longspan.model import loss
+
+    chunk = loss._chunk
+    loss._chunk = lambda logits, target, softcap, *others: chunk(logits, target, None, *others)
+    return one_rank(rank, world, Plan(context=1, tensor=2), GEMMA, 1, False, False)
+
+
+@pytest.mark.parametrize(("one", "config"), [(deaf_rank, CONFIG), (uncapped_rank, GEMMA)], ids=["deaf", "uncapped"])
+def test_the_comparison_bites(one: Any, config: Any) -> None:
+    """Tensor ranks that do not add up what they hold together do not pass, nor do those that forget a softcap."""
     with pytest.raises(AssertionError):
-        compare(run_ranks(deaf_rank, 2), *reference(CONFIG, False))
+        compare(run_ranks(one, 2), *reference(config, False))
 
 
 @pytest.mark.parametrize(
@@ -129,10 +177,27 @@ def test_the_comparison_bites() -> None:
         (Plan(tensor=5), CONFIG, "a query head for every rank, got 4 heads"),
         (Plan(pipeline=4), CONFIG, "a layer for every stage, got 3 layers for 4 stages"),
         (Plan(pipeline=2, pipeline_schedule="zbv"), DEEP, "untie"),
+        (Plan(tensor=5), GEMMA, "a query head for every rank, got 4 heads"),
+        (Plan(pipeline=2, pipeline_schedule="dualpipev"), GEMMA, "untie"),
+        (Plan(expert=2), GEMMA, "an expert for every rank, got 0 experts"),
     ],
 )
 def test_a_model_that_does_not_fit_a_plan_is_refused(plan: Plan, config: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        check_plan(plan, config)
+
+
+@pytest.mark.parametrize("plan", [Plan(context=1), *AXES.values()], ids=named)
+def test_encoders_are_refused(plan: Plan) -> None:
+    config = EncoderConfig(
+        num_layers=2,
+        hidden_size=8,
+        inputs=TokensConfig(vocab_size=7),
+        attention=CONFIG.attention,
+        mlp=CONFIG.mlp,
+        head="masked_lm",
+    )
+    with pytest.raises(ValueError, match=r"plans are for decoders, .* got EncoderConfig; train an encoder by its own"):
         check_plan(plan, config)
 
 

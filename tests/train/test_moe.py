@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from longspan.model.config import DecoderConfig, MoeConfig
+from longspan.model.config import DecoderConfig, MoeConfig, NormConfig
 from longspan.model.decoder import build
 from longspan.model.huggingface import read_config
 from longspan.plan.plan import Plan
@@ -89,6 +89,13 @@ AXES = [
 def test_experts_over_all_axes(world: int, plan: Plan, num_micro: int) -> None:
     results = run_ranks(one_rank, world, plan.fit(world), SPARSE, num_micro, False, False)
     compare(results, *of_micros(SPARSE, plan, num_micro))
+
+
+def test_experts_between_sandwich_norms() -> None:
+    config = dataclasses.replace(SPARSE, wiring="sandwich", norm=NormConfig(kind="rms_plus_one"))
+    plan = Plan(context=1, expert=2, tensor=2)
+    results = run_ranks(one_rank, 4, plan.fit(4), config, 1, False, False)
+    compare(results, *of_micros(config, plan, 1))
 
 
 def forgetful(rank: int, world: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +12,12 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from longspan.mixers.config import AttentionConfig, RotaryConfig
+from longspan.model import load_pretrained, save_pretrained
+from longspan.model.config import DecoderConfig, MlpConfig, NormConfig
+from longspan.model.decoder import build
+from longspan.model.encoder import build_encoder
+from longspan.model.encoder_config import EncoderConfig, TokensConfig
 from longspan.train.config import BatchConfig
 from longspan.train.session import _catch_up, _time_left
 from longspan.train.setting import first_on_rank_0, patient_group
@@ -66,6 +73,51 @@ def test_a_sample_ends_where_learned_positions_do(tmp_path: Path) -> None:
     long = forked(*given_model(tmp_path / "long", "--init", str(given), "--prompt", "the ring " * 9)).good().out
     assert "sample  the" not in long
     assert "no completion was sampled: max_new_tokens" in (tmp_path / "long" / "report.html").read_text()
+
+
+def test_a_gemma_is_trained_and_exported_as_one(tmp_path: Path) -> None:
+    decoder = DecoderConfig(
+        num_layers=2,
+        hidden_size=32,
+        vocab_size=257,
+        attention=AttentionConfig(
+            num_heads=4, head_dim=8, num_kv_heads=2, qk_norm_eps=1e-6, qk_norm_kind="rms_plus_one", scale=8**-0.5
+        ),
+        mlp=MlpConfig(kind="geglu_tanh", inner_size=40),
+        norm=NormConfig(kind="rms_plus_one"),
+        wiring="sandwich",
+        tie_embeddings=True,
+        windows=(8, None),
+        windowed_positions=RotaryConfig(theta=100.0),
+        embed_scale=32**0.5,
+        final_softcap=30.0,
+    )
+    save_pretrained(build(decoder, device="cpu", seed=5), tmp_path / "given")
+    plan = ("--plan.tensor", "2", "--plan.context", "1", "--eval.tokens", "256")
+    forked(*given_model(tmp_path / "run", "--init", str(tmp_path / "given"), *plan), world=2).good()
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["architectures"] == [
+        "Gemma3ForCausalLM"
+    ]
+    trained = load_pretrained(tmp_path / "run" / "model")
+    assert trained.config == decoder
+    first, *_, last = losses(tmp_path / "run").values()
+    assert last < first
+
+
+def test_an_encoder_is_refused(tmp_path: Path) -> None:
+    encoder = EncoderConfig(
+        num_layers=1,
+        hidden_size=8,
+        inputs=TokensConfig(vocab_size=257, num_types=2),
+        attention=AttentionConfig(num_heads=2, head_dim=4, qkv_bias=True, out_bias=True),
+        mlp=MlpConfig(kind="gelu", inner_size=8, bias=True),
+        wiring="post",
+        embed_norm=True,
+        head="masked_lm",
+    )
+    save_pretrained(build_encoder(encoder, device="cpu"), tmp_path / "given")
+    line = forked(*given_model(tmp_path / "run", "--init", str(tmp_path / "given"))).refusal()
+    assert "must hold the checkpoint of a DecoderConfig, got model type 'bert': that is of class Encoder" in line
 
 
 def test_what_was_left_out_is_said(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from longspan.attention.patterns import PATTERNS
 from longspan.context.balance import balanced
 from longspan.context.methods import METHODS
 from longspan.layout.tokens import LAYOUTS
-from longspan.model.huggingface import ARCHITECTURES
+from longspan.model.hf_table import ARCHITECTURES
 from longspan.model.recompute import Recompute
 
 BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"

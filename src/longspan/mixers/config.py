@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+RmsKind = Literal["rms", "rms_plus_one"]
+
 
 def require(ok: bool, rule: str, value: object, remedy: str) -> None:
     """Raises the house's one-line `ValueError` unless `ok`."""
@@ -122,6 +124,7 @@ class AttentionConfig:
         num_kv_heads: g; h is a multiple of it (g = h multi-head, g = 1 multi-query); None: h.
         qkv_bias, out_bias: biases of the input and of the output projections.
         qk_norm_eps: epsilon of an RMS norm over each head's q and k before the rotation (Qwen3); None: no norm.
+        qk_norm_kind: its factor: rms: the weight; rms_plus_one: 1 + the weight (Gemma 3).
         scale: factor on q·k; None: head_dim ** -0.5.
         softcap: c in c·tanh(scores / c); None: no cap.
     """
@@ -134,6 +137,7 @@ class AttentionConfig:
     qk_norm_eps: float | None = None
     scale: float | None = None
     softcap: float | None = None
+    qk_norm_kind: RmsKind = "rms"
 
     @property
     def kv_heads(self) -> int:
@@ -154,6 +158,12 @@ class AttentionConfig:
             "qk_norm_eps must be positive",
             self.qk_norm_eps,
             "None: no norm",
+        )
+        require(
+            self.qk_norm_kind in ("rms", "rms_plus_one"),
+            "qk_norm_kind must be rms or rms_plus_one",
+            self.qk_norm_kind,
+            "pick one of these",
         )
         require(
             self.scale is None or self.scale > 0,

@@ -2,7 +2,7 @@
 
 The statistics and the scaling are in fp32 at least, and the result is rounded to the input's dtype before the weight is
 applied, in the order of Llama's own code. It stands here because mixers use it on single heads; the decoder uses it on
-the whole width.
+the whole width. `PlusOneRMSNorm` is Gemma's: the factor is 1 + w, and rounding comes last.
 """
 
 from __future__ import annotations
@@ -30,6 +30,29 @@ class RMSNorm(nn.Module):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class PlusOneRMSNorm(nn.Module):
+    """Root-mean-square norm whose factor is 1 + weight, all in fp32 at least; a fresh weight is 0.
+
+    Args:
+        size: the last dim.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """The normed input, in its own shape and dtype."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (normed * (1 + self.weight.to(wide.dtype))).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

@@ -17,7 +17,7 @@ from longspan.layout.tensor_parallel import WHOLE, TensorSplit, linear_boxes
 from longspan.layout.weights import Box
 from longspan.mixers.config import AttentionConfig
 from longspan.mixers.contract import Context
-from longspan.mixers.norm import RMSNorm
+from longspan.mixers.norm import PlusOneRMSNorm, RMSNorm
 from longspan.mixers.rotary import Rotary, rotate
 
 
@@ -55,7 +55,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(q_channels, hidden_size, bias=config.out_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm_eps is not None:
-            self.q_norm, self.k_norm = RMSNorm(d, config.qk_norm_eps), RMSNorm(d, config.qk_norm_eps)
+            norm = {"rms": RMSNorm, "rms_plus_one": PlusOneRMSNorm}[config.qk_norm_kind]
+            self.q_norm, self.k_norm = norm(d, config.qk_norm_eps), norm(d, config.qk_norm_eps)
 
     def forward(self, x: Float[Tensor, "b l c"], ctx: Context) -> Float[Tensor, "b m c"]:
         """Mixes the local tokens with the rest of the sequence; m is l unless the heads are split."""

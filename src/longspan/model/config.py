@@ -10,13 +10,13 @@ import dataclasses
 import difflib
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from longspan.mixers.config import AttentionConfig, LinearScaling, Llama3Scaling, RotaryConfig, YarnScaling, require
 
-MlpKind = Literal["swiglu", "gelu", "gelu_tanh"]
-NormKind = Literal["rms", "layer"]
-Wiring = Literal["sequential", "parallel"]
+MlpKind = Literal["swiglu", "geglu_tanh", "gelu", "gelu_tanh"]
+NormKind = Literal["rms", "rms_plus_one", "layer"]
+Wiring = Literal["sequential", "parallel", "sandwich", "post"]
 Score = Literal["softmax", "sigmoid"]
 Balance = Literal["none", "aux", "aux_pooled", "bias"]
 
@@ -37,16 +37,23 @@ class LearnedPositionsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MlpConfig:
-    """The channel mixer. swiglu: down(silu(gate x) * up x); gelu: exact, by erf; gelu_tanh: GPT-2's approximation."""
+    """The channel mixer. swiglu: down(silu(gate x) * up x); geglu_tanh: the same with gelu by tanh for silu; gelu:
+    down(gelu(up x)), exact, by erf; gelu_tanh: with GPT-2's approximation of it.
+    """
 
     kind: MlpKind = "swiglu"
     inner_size: int
     bias: bool = False
 
+    @property
+    def gated(self) -> bool:
+        """Whether a third matrix gates the inner activations."""
+        return self.kind in ("swiglu", "geglu_tanh")
+
     def __post_init__(self) -> None:
         require(
-            self.kind in ("swiglu", "gelu", "gelu_tanh"),
-            "mlp kind must be swiglu, gelu or gelu_tanh",
+            self.kind in get_args(MlpKind),
+            "mlp kind must be swiglu, geglu_tanh, gelu or gelu_tanh",
             self.kind,
             "pick one of these",
         )
@@ -119,27 +126,70 @@ class MoeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NormConfig:
-    """rms: RMSNorm with a weight; layer: LayerNorm with weight and bias. Statistics in fp32 at least."""
+    """rms: RMSNorm with a weight; rms_plus_one: with 1 + weight (Gemma); layer: LayerNorm with weight and bias.
+    Statistics in fp32 at least.
+    """
 
     kind: NormKind = "rms"
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        require(self.kind in ("rms", "layer"), "norm kind must be rms or layer", self.kind, "pick one of these")
+        require(
+            self.kind in get_args(NormKind),
+            "norm kind must be rms, rms_plus_one or layer",
+            self.kind,
+            "pick one of these",
+        )
         require(self.eps > 0, "norm eps must be positive", self.eps, "1e-6 is usual")
+
+
+class LayersConfig(Protocol):
+    """What a block reads of the config of its model, whichever model that is."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def attention(self) -> AttentionConfig: ...
+    @property
+    def norm(self) -> NormConfig: ...
+    @property
+    def wiring(self) -> Wiring: ...
+    @property
+    def init_std(self) -> float: ...
+
+    def window(self, layer: int) -> int | None:
+        """The window of one layer, None without."""
+        ...
+
+    def channel_mixer(self, layer: int) -> MlpConfig | MoeConfig:
+        """The mlp or the mixture of experts of one layer."""
+        ...
+
+
+def check_wiring(wiring: str) -> None:
+    """Raises the one-line ValueError unless `wiring` is a known one."""
+    require(
+        wiring in get_args(Wiring), "wiring must be sequential, parallel, sandwich or post", wiring, "pick one of these"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderConfig:
-    """A decoder: embedding, `num_layers` pre-norm blocks of (attention, mlp), a last norm and a head.
+    """A decoder: embedding, `num_layers` blocks of (attention, mlp), a last norm and a head.
 
     Args:
         wiring: sequential: x += attn(norm(x)); x += mlp(norm(x)). parallel: x += attn(n) + mlp(n), n = norm(x) (one
-            norm a block).
+            norm a block). sandwich: x += norm(attn(norm(x))); x += norm(mlp(norm(x))). post: x = norm(x + attn(x)); x =
+            norm(x + mlp(x)).
         tie_embeddings: the head's weight is the embedding's.
         windows: for each layer the number of keys a query sees, itself included, or None for all; empty: no layer has a
             window.
         moe: experts in the place of `mlp` in every layer but `dense_layers`; None: every layer has an mlp.
+        windowed_positions: rotary positions of the layers with a window; None: `positions`, as the others have.
+        embed_scale: factor on the embedding, rounded to its dtype; None: 1.
+        final_softcap: c in c·tanh(logits / c); None: no cap.
         init_std: standard deviation of freshly initialised weights; projections back into the residual stream get it /
             sqrt(2 layers).
     """
@@ -157,16 +207,17 @@ class DecoderConfig:
     init_std: float = 0.02
     moe: MoeConfig | None = None
     dense_layers: tuple[int, ...] = ()
+    windowed_positions: RotaryConfig | None = None
+    embed_scale: float | None = None
+    final_softcap: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "vocab_size"):
             require(getattr(self, name) > 0, f"{name} must be positive", getattr(self, name), "give at least 1")
-        require(
-            self.wiring in ("sequential", "parallel"),
-            "wiring must be sequential or parallel",
-            self.wiring,
-            "pick one of these",
-        )
+        check_wiring(self.wiring)
+        for name in ("embed_scale", "final_softcap"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} must be positive", value, "None: left out")
         require(self.init_std > 0, "init_std must be positive", self.init_std, "0.02 is usual")
         require(
             len(self.windows) in (0, self.num_layers),
@@ -193,6 +244,12 @@ class DecoderConfig:
             self.dense_layers,
             "moe None makes all dense",
         )
+        require(
+            self.windowed_positions is None or (any(self.windows) and isinstance(self.positions, RotaryConfig)),
+            "windowed_positions need layers with a window, and rotary positions in the others",
+            self.windowed_positions,
+            "None: one rotation for all layers",
+        )
         if isinstance(self.positions, RotaryConfig):
             require(
                 self.attention.head_dim % 2 == 0,
@@ -204,6 +261,10 @@ class DecoderConfig:
     def window(self, layer: int) -> int | None:
         """The window of one layer, None without."""
         return self.windows[layer] if self.windows else None
+
+    def channel_mixer(self, layer: int) -> MlpConfig | MoeConfig:
+        """The mlp or the mixture of experts of one layer."""
+        return self.mlp if self.moe is None or layer in self.dense_layers else self.moe
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
@@ -225,8 +286,7 @@ class DecoderConfig:
         """Inverse of `to_dict`. Raises ValueError on an unknown or missing key, naming it."""
         values = dict(values)
         for key, parts in _PARTS.items():
-            # Only a decoder's moe may be none.
-            if key in values and not (key == "moe" and values[key] is None):
+            if key in values and not (key in _OPTIONAL and values[key] is None):
                 values[key] = _part(key, values[key], parts)
         windows = values.get("windows", [])
         whole = isinstance(windows, (list, tuple)) and all(w is None or type(w) is int for w in windows)
@@ -260,7 +320,9 @@ _PARTS: dict[str, dict[str | None, type]] = {
     "moe": {None: MoeConfig},
     "norm": {None: NormConfig},
     "positions": {"rotary": RotaryConfig, "learned": LearnedPositionsConfig},
+    "windowed_positions": {"rotary": RotaryConfig},
 }
+_OPTIONAL = ("moe", "windowed_positions")
 _SCALINGS: dict[str | None, type] = {"linear": LinearScaling, "llama3": Llama3Scaling, "yarn": YarnScaling}
 
 

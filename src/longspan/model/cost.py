@@ -51,8 +51,8 @@ def flops(
         mask_area: allowed (query, key) pairs over all rows of the batch: one number for all layers, or one for each
             where windows differ.
         backward: count the backward too.
-        recompute: what the backward runs again. Not a block's last linear: nothing needs its output, and torch stops
-            there.
+        recompute: what the backward runs again. Not a block's last linear, unless a norm follows: nothing needs its
+            output, and torch stops there.
 
     Raises:
         ValueError: negative counts, areas that do not match the layers, or a recompute that is not known.
@@ -72,7 +72,7 @@ def flops(
     forward = {
         "projections": config.num_layers * projection_flops(config.attention, dim, num_tokens),
         "attention": attend_flops(config.attention, sum(areas)),
-        "mlp": dense * down * (3 if config.mlp.kind == "swiglu" else 2) + _moe_flops(config, num_tokens),
+        "mlp": dense * down * (3 if config.mlp.gated else 2) + _moe_flops(config, num_tokens),
         "head": 2 * num_tokens * dim * config.vocab_size,
     }
     if not backward:
@@ -81,9 +81,11 @@ def flops(
     total["attention"] = forward["attention"] * 7 // 2
     if recompute != "none":
         total["projections"] += forward["projections"]
-        # Of a mixture the last product is the weighted sum of the experts' rows.
-        weighted = 0 if config.moe is None else 2 * num_tokens * config.moe.experts_per_token * dim
-        total["mlp"] += forward["mlp"] - dense * down - len(config.sparse_layers) * weighted
+        total["mlp"] += forward["mlp"]
+        if config.wiring in ("sequential", "parallel"):
+            # Of a mixture the last product is the weighted sum of the experts' rows.
+            weighted = 0 if config.moe is None else 2 * num_tokens * config.moe.experts_per_token * dim
+            total["mlp"] -= dense * down + len(config.sparse_layers) * weighted
     if recompute == "full":
         total["attention"] += forward["attention"]
     return total
@@ -94,7 +96,7 @@ def _mixer_parameters(config: DecoderConfig, sparse: bool) -> int:
     if sparse and moe is not None:
         experts = 3 * dim * (moe.num_experts * moe.inner_size + moe.shared_inner_size)
         return experts + dim * (moe.num_experts + moe.shared_gate)
-    num_inner = 2 if mlp.kind == "swiglu" else 1
+    num_inner = 2 if mlp.gated else 1
     return dim * mlp.inner_size * (num_inner + 1) + mlp.bias * (num_inner * mlp.inner_size + dim)
 
 
@@ -193,7 +195,9 @@ def peak_bytes(
     head, chunk = config.vocab_size * config.hidden_size, min(chunk_tokens, num_tokens)
 
     there = sum(kept.values()) - (moved_bytes(config, batch, local_tokens, dtype, recompute) if moves else 0)
-    loss = there + states + chunk * (config.vocab_size + config.hidden_size) * wide
+    # Torch's operators keep a softcap's slope, as large as the logits; the kernel for half precision on CUDA does not.
+    slope = config.final_softcap is not None and (item == wide or device_type == "cpu")
+    loss = there + states + chunk * (config.vocab_size * (1 + slope) + config.hidden_size) * wide
     if item != wide:
         raised = (head + chunk * config.hidden_size) * wide
         loss += raised if device_type == "cpu" else chunk * config.vocab_size * item
@@ -202,15 +206,16 @@ def peak_bytes(
     norm_gradient = config.hidden_size * (2 if config.norm.kind == "layer" else 1) * item
     above = head * item + norm_gradient
     a_block = (sum(count[part] for part in ("attention", "mlp", "norm")) * item - norm_gradient) // config.num_layers
-    # Gradients of the product, of its two factors for swiglu, less the product itself, which is done with.
-    inner = num_tokens * mlp.inner_size * item * (2 if mlp.kind == "swiglu" else 1)
+    # Gradients of the product, of its two factors where it is gated, less the product itself, which is done with.
+    inner = num_tokens * mlp.inner_size * item * (2 if mlp.gated else 1)
     block = block_bytes(config, batch, local_tokens, dtype)
     in_mlp = inner + states + (mlp.inner_size + mlp.bias) * config.hidden_size * item
     # The norm runs in the wide dtype, once its mlp has let go of everything but its gradients.
     norm_states = 3 * states if item == wide else 2 * states + 4 * states // item * wide
     in_norm = norm_states + count["mlp"] // config.num_layers * item - block["mlp"]
-    working = sum(block.values()) + max(in_mlp, in_norm if config.norm.kind == "rms" else 0)
-    if recompute != "none" and config.norm.kind == "rms" and item != wide:
+    is_rms = config.norm.kind != "layer"
+    working = sum(block.values()) + max(in_mlp, in_norm if is_rms else 0)
+    if recompute != "none" and is_rms and item != wide:
         # The block's input is kept beside the wide copy of it that its norm keeps.
         working += states
     below = sum(kept[part] for part in ("norm", "attention", "mlp", "checkpoint")) // config.num_layers
@@ -297,16 +302,22 @@ def block_bytes(
 
     attended = (num_q + 2 * num_kv) * dtype.itemsize + _attended_bytes(config, batch, local_tokens, dtype)
     if attention.qk_norm_eps is not None:
-        # Each norm keeps its wide input, a factor a head, and its output before the weight.
+        # Each norm keeps its wide input, a factor a head, and its output before the weight, wide for 1 + weight.
         attended += (num_q + num_kv) * wide + num_tokens * (attention.num_heads + attention.kv_heads) * wide
         # Unrotated, q and k are the norms' own outputs; rotated, those are dropped.
-        attended += (num_q + num_kv) * dtype.itemsize
+        plus_one = attention.qk_norm_kind == "rms_plus_one"
+        attended += (num_q + num_kv) * (wide if plus_one else dtype.itemsize)
+        attended += 2 * attention.head_dim * wide if plus_one else 0
     if rotates:
         attended += local_tokens * attention.head_dim * wide
-    # Swiglu keeps gate, its silu, up and their product; gelu its input and output.
-    num_inner = 4 if mlp.kind == "swiglu" else 2
+    # A gated one keeps gate, its activation, up and their product; gelu its input and output.
+    num_inner = 4 if mlp.gated else 2
+    norm = _norms_a_block(config) * _norm_bytes(config, num_tokens, dtype)
+    if config.wiring == "sandwich":
+        # What the two outer norms give is added to the residual stream, which keeps nothing.
+        norm -= 2 * num_tokens * config.hidden_size * dtype.itemsize
     return {
-        "norm": _norms_a_block(config) * _norm_bytes(config, num_tokens, dtype),
+        "norm": norm,
         "attention": attended,
         "mlp": _mixture_bytes(config, num_tokens, dtype)
         if sparse
@@ -322,7 +333,7 @@ def _mixture_bytes(config: DecoderConfig, num_tokens: int, dtype: torch.dtype) -
     kept = num_tokens * moe.num_experts * wide + num_slots * 8
     if item != wide:
         kept += (num_tokens + moe.num_experts) * dim * wide
-        if not moe.shared_inner_size and config.wiring == "sequential":
+        if not moe.shared_inner_size and config.wiring != "parallel":
             kept -= num_tokens * dim * item  # the norm's output, which then nobody keeps
     if moe.renormalise:  # the chosen scores and their sums
         kept += (num_slots + num_tokens) * wide
@@ -347,11 +358,15 @@ def _norm_bytes(config: DecoderConfig, num_tokens: int, dtype: torch.dtype) -> i
         # Mean and rstd are wide on a GPU; a CPU keeps them in the dtype of the input.
         return 2 * num_states * dtype.itemsize + 2 * num_tokens * wide
     # RMS: the wide input, a factor a token, the output before the weight, the output.
-    return num_states * (wide + 2 * dtype.itemsize) + num_tokens * wide
+    kept = num_states * (wide + 2 * dtype.itemsize) + num_tokens * wide
+    if config.norm.kind == "rms_plus_one":
+        # The output before the weight is wide, and so is 1 + weight.
+        kept += num_states * (wide - dtype.itemsize) + config.hidden_size * wide
+    return kept
 
 
 def _norms_a_block(config: DecoderConfig) -> int:
-    return 2 if config.wiring == "sequential" else 1
+    return {"sequential": 2, "parallel": 1, "sandwich": 4, "post": 2}[config.wiring]
 
 
 def _wide(dtype: torch.dtype) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +13,19 @@ from torch import Tensor, nn
 from longspan.layout.weights import Box
 from longspan.mixers.config import RotaryConfig
 from longspan.mixers.contract import Context
+from longspan.mixers.norm import PlusOneRMSNorm
 from longspan.mixers.rotary import Rotary
 from longspan.mixers.softmax import Attention
 from longspan.model.config import DecoderConfig
 from longspan.model.local import LocalContext
 from longspan.model.loss import Words, chunked_cross_entropy, default_chunk
-from longspan.model.moe import Experts, Moe, Routing, balance_loss
+from longspan.model.moe import Experts, Moe, Routing, balance_loss, reset_balance
 from longspan.model.part import ALL, Layers, ModelPart
 from longspan.model.parts import Block, Mlp, make_norm
 from longspan.model.shards import Region, drawn, fill
+
+if TYPE_CHECKING:
+    from longspan.model.encoder import Encoder
 
 
 class Losses(NamedTuple):
@@ -54,13 +59,18 @@ class DecoderLM(nn.Module):
         positions, width = config.positions, config.hidden_size
         words = part.split.share(config.vocab_size)
         learned = not isinstance(positions, RotaryConfig)
-        rotary = None if learned else Rotary(positions, config.attention.head_dim)
+        rotary = windowed = None if learned else Rotary(positions, config.attention.head_dim)
+        if config.windowed_positions is not None:
+            windowed = Rotary(config.windowed_positions, config.attention.head_dim)
         layers = tuple(range(config.num_layers)) if part.layers is None else part.layers
         self._sparse = tuple(layer for layer in layers if layer in config.sparse_layers)
         tied_here = part.last and config.tie_embeddings
         self.embed = nn.Embedding(len(words), width) if part.first or tied_here else None
         self.embed_positions = nn.Embedding(positions.max_positions, width) if learned and part.first else None
-        self.blocks = Layers((layer, Block(config, layer, rotary, part)) for layer in layers)
+        self.blocks = Layers(
+            (layer, Block(config, layer, rotary if config.window(layer) is None else windowed, part))
+            for layer in layers
+        )
         self.norm = make_norm(config.norm, width) if part.last else None
         self.head = nn.Linear(width, len(words), bias=False) if part.last and not config.tie_embeddings else None
         load = None
@@ -101,7 +111,12 @@ class DecoderLM(nn.Module):
                 f"logits need the whole vocabulary on one process, got it split over {self.part.split.size} tensor "
                 "ranks: call loss, or load the exported model"
             )
-        return F.linear(self.hidden(input_ids, ctx), self.head_weight)
+        return self.logits(self.hidden(input_ids, ctx))
+
+    def logits(self, hidden: Float[Tensor, "... c"]) -> Float[Tensor, "... vocab"]:
+        """The head on states that `hidden` gave, capped where the config says so."""
+        logits, softcap = F.linear(hidden, self.head_weight), self.config.final_softcap
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def hidden(self, input_ids: Int64[Tensor, "b l"], ctx: Context | None = None) -> Float[Tensor, "b l c"]:
         """States after the last norm, of a model that is whole on this process or split by tensor parallelism.
@@ -172,12 +187,6 @@ class DecoderLM(nn.Module):
             moe.move_bias(counts)
         self.expert_load.zero_()
 
-    def reset_balance(self) -> None:
-        """Biases and noted load to zero: a model that comes from the meta device has no values there."""
-        for name, buffer in self.named_buffers():
-            if name.endswith(("selection_bias", "expert_load")):
-                buffer.zero_()
-
     def boxes(self) -> dict[str, Box]:
         """Where the parameters that tensor and expert ranks split stand in the whole ones; the others are whole."""
         boxes: dict[str, Box] = {}
@@ -214,6 +223,8 @@ class DecoderLM(nn.Module):
             elsewhere = (input_ids < words.start) | (input_ids >= words.stop)
             x = self.embed((input_ids - words.start).masked_fill(elsewhere, 0))
             x = split.scatter(x.masked_fill(elsewhere[..., None], 0))
+        if self.config.embed_scale is not None:
+            x = x * _rounded(self.config.embed_scale, x.dtype)
         if self.embed_positions is not None:
             self._check_positions(ctx.positions)
             x = x + self.embed_positions(split.own(ctx.positions))
@@ -255,7 +266,14 @@ class DecoderLM(nn.Module):
         chunk_tokens = default_chunk(self.config.hidden_size) if chunk_tokens is None else chunk_tokens
         split, total = self.part.split, self.config.vocab_size
         words = None if split.size == 1 else Words(split.share(total).start, total, split.group)
-        return chunked_cross_entropy(hidden, self.head_weight, labels, chunk_tokens=chunk_tokens, words=words)
+        return chunked_cross_entropy(
+            hidden,
+            self.head_weight,
+            labels,
+            chunk_tokens=chunk_tokens,
+            softcap=self.config.final_softcap,
+            words=words,
+        )
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
@@ -277,6 +295,13 @@ class DecoderLM(nn.Module):
             raise ValueError(
                 f"learned positions end at {limit - 1}, got {int(positions.max())}: cut the sequence to {limit} tokens"
             )
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """`value` as `dtype` holds it: in bf16 the factor √3072 is 55.5. In plain numbers, which cost no operation."""
+    fraction, exponent = math.frexp(value)
+    digits = 1 - round(math.log2(torch.finfo(dtype).eps))
+    return math.ldexp(round(math.ldexp(fraction, digits)), exponent - digits)
 
 
 def _readable(x: Tensor) -> bool:
@@ -306,9 +331,9 @@ def build(
     return model
 
 
-def init_weights(model: DecoderLM, seed: int) -> None:
-    """Fills all parameters, sharded or not: weights N(0, init_std²), smaller back into the residual stream, norms 1,
-    biases 0.
+def init_weights(model: DecoderLM | Encoder, seed: int) -> None:
+    """Fills all parameters, sharded or not: weights N(0, init_std²), smaller back into the residual stream, biases
+    0, norms such that their factor is 1.
 
     The values depend on (seed, parameter name) alone, not on sharding, ranks, device or the order of parameters: every
     64 rows of a weight (of each matrix of a stack) have a CPU generator of their own, seeded by a hash of (seed, name,
@@ -319,10 +344,11 @@ def init_weights(model: DecoderLM, seed: int) -> None:
         ValueError: parameters on the meta device.
     """
     std, boxes = model.config.init_std, model.boxes()
-    model.reset_balance()
+    plus_one = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, PlusOneRMSNorm)}
+    reset_balance(model)
     for name, parameter in model.named_parameters():
         box = boxes.get(name)
-        if name.endswith("bias"):
+        if name.endswith("bias") or name in plus_one:
             fill(parameter, lambda region: torch.zeros(_shape(region)), box)
         elif parameter.ndim == 1:
             fill(parameter, lambda region: torch.ones(_shape(region)), box)

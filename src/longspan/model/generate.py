@@ -197,7 +197,7 @@ def _last_logits(model: DecoderLM, ids: Tensor, ctx: CachedContext) -> Tensor:
         ctx.extend(piece.shape[1])
         hidden = model.hidden(piece, ctx)
     assert hidden is not None
-    return F.linear(hidden[:, -1], model.head_weight)
+    return model.logits(hidden[:, -1])
 
 
 def sample(

@@ -33,6 +33,7 @@ HARMLESS = frozenset(
         "attn_implementation",
         "attn_pdrop",
         "bos_token_id",
+        "cache_implementation",
         "dtype",
         "embd_pdrop",
         "eos_token_id",

@@ -24,6 +24,10 @@ def _common(config: DecoderConfig, name: str, model_type: str, *, moe: bool = Fa
         sequential_wiring=config.wiring == "sequential",
         the_usual_attention_scale=attention.scale in (None, attention.head_dim**-0.5),
         attention_without_softcap=attention.softcap is None,
+        norms_on_q_and_k_by_their_weight=attention.qk_norm_kind == "rms",
+        one_rotation_for_all_layers=config.windowed_positions is None,
+        an_embedding_without_a_factor=config.embed_scale is None,
+        logits_without_softcap=config.final_softcap is None,
     )
     return {
         "architectures": [name],

@@ -2,6 +2,8 @@
 
 One stored tensor is one or several of our parameters joined along dim 0 (GPT-2 keeps q, k and v in one), transposed
 where the checkpoint keeps (in, out) matrices (GPT-2's Conv1D); or it is one matrix of a stack of ours (an expert's).
+`folded` is the checkpoint's shape where the same values in the same order have another one here (a convolution over
+patches, which is a matrix).
 """
 
 from __future__ import annotations
@@ -20,9 +22,12 @@ class Stored:
     ours: tuple[str, ...]
     transposed: bool = False
     index: int | None = None
+    folded: tuple[int, ...] | None = None
 
     def shape(self, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
         """Its shape, from the shapes of our parameters."""
+        if self.folded is not None:
+            return self.folded
         first = shapes[self.ours[0]]
         if self.index is not None:
             return first[1:]
@@ -30,7 +35,8 @@ class Stored:
         return joined[::-1] if self.transposed else joined
 
 
-def _weights(theirs: str, ours: str, *, bias: bool) -> list[Stored]:
+def weights(theirs: str, ours: str, *, bias: bool) -> list[Stored]:
+    """The weight of a linear or a norm, and its bias."""
     kinds = ("weight", "bias") if bias else ("weight",)
     return [Stored(name=f"{theirs}.{kind}", ours=(f"{ours}.{kind}",)) for kind in kinds]
 
@@ -40,7 +46,7 @@ def mlp_names(theirs: str, ours: str, config: DecoderConfig, layer: int) -> list
     return [
         stored
         for name in ("gate", "up", "down")
-        for stored in _weights(f"{theirs}.mlp.{name}_proj", f"{ours}.mlp.{name}", bias=config.mlp.bias)
+        for stored in weights(f"{theirs}.mlp.{name}_proj", f"{ours}.mlp.{name}", bias=config.mlp.bias)
     ]
 
 
@@ -49,21 +55,21 @@ def llama_names(
 ) -> list[Stored]:
     """Names of Llama, Mistral, Qwen2 and Qwen3; `channel_mixer(theirs, ours, config, layer)` names that of a layer."""
     attention = config.attention
-    stored = _weights("model.embed_tokens", "embed", bias=False)
+    stored = weights("model.embed_tokens", "embed", bias=False)
     for i in range(config.num_layers):
         theirs, ours = f"model.layers.{i}", f"blocks.{i}"
-        stored += _weights(f"{theirs}.input_layernorm", f"{ours}.norm_mixer", bias=False)
+        stored += weights(f"{theirs}.input_layernorm", f"{ours}.norm_mixer", bias=False)
         for name in ("q", "k", "v"):
-            stored += _weights(f"{theirs}.self_attn.{name}_proj", f"{ours}.mixer.{name}", bias=attention.qkv_bias)
-        stored += _weights(f"{theirs}.self_attn.o_proj", f"{ours}.mixer.out", bias=attention.out_bias)
+            stored += weights(f"{theirs}.self_attn.{name}_proj", f"{ours}.mixer.{name}", bias=attention.qkv_bias)
+        stored += weights(f"{theirs}.self_attn.o_proj", f"{ours}.mixer.out", bias=attention.out_bias)
         if attention.qk_norm_eps is not None:
             for name in ("q_norm", "k_norm"):
-                stored += _weights(f"{theirs}.self_attn.{name}", f"{ours}.mixer.{name}", bias=False)
-        stored += _weights(f"{theirs}.post_attention_layernorm", f"{ours}.norm_mlp", bias=False)
+                stored += weights(f"{theirs}.self_attn.{name}", f"{ours}.mixer.{name}", bias=False)
+        stored += weights(f"{theirs}.post_attention_layernorm", f"{ours}.norm_mlp", bias=False)
         stored += channel_mixer(theirs, ours, config, i)
-    stored += _weights("model.norm", "norm", bias=False)
+    stored += weights("model.norm", "norm", bias=False)
     if not config.tie_embeddings:
-        stored += _weights("lm_head", "head", bias=False)
+        stored += weights("lm_head", "head", bias=False)
     return stored
 
 
@@ -76,17 +82,17 @@ def gpt2_names(config: DecoderConfig) -> list[Stored]:
             Stored(name=f"{theirs}.bias", ours=tuple(f"{name}.bias" for name in ours)),
         ]
 
-    stored = _weights("transformer.wte", "embed", bias=False)
-    stored += _weights("transformer.wpe", "embed_positions", bias=False)
+    stored = weights("transformer.wte", "embed", bias=False)
+    stored += weights("transformer.wpe", "embed_positions", bias=False)
     for i in range(config.num_layers):
         theirs, ours = f"transformer.h.{i}", f"blocks.{i}"
-        stored += _weights(f"{theirs}.ln_1", f"{ours}.norm_mixer", bias=True)
+        stored += weights(f"{theirs}.ln_1", f"{ours}.norm_mixer", bias=True)
         stored += conv1d(f"{theirs}.attn.c_attn", *(f"{ours}.mixer.{name}" for name in ("q", "k", "v")))
         stored += conv1d(f"{theirs}.attn.c_proj", f"{ours}.mixer.out")
-        stored += _weights(f"{theirs}.ln_2", f"{ours}.norm_mlp", bias=True)
+        stored += weights(f"{theirs}.ln_2", f"{ours}.norm_mlp", bias=True)
         stored += conv1d(f"{theirs}.mlp.c_fc", f"{ours}.mlp.up")
         stored += conv1d(f"{theirs}.mlp.c_proj", f"{ours}.mlp.down")
-    stored += _weights("transformer.ln_f", "norm", bias=True)
+    stored += weights("transformer.ln_f", "norm", bias=True)
     if not config.tie_embeddings:
-        stored += _weights("lm_head", "head", bias=False)
+        stored += weights("lm_head", "head", bias=False)
     return stored

@@ -1,61 +1,96 @@
 """Import and export of Hugging Face checkpoints: a folder with config.json and safetensors. Nothing is downloaded, no
 pickle is opened.
 
-`ARCHITECTURES` lists what is understood: how to read and write its config, and the names of its tensors. Values are
-read lazily, box by
-box: a rank with a sharded model reads its own shard from the mapped files, and nothing else.
+`hf_table.ARCHITECTURES` lists what is understood. Values are read lazily, box by box: a rank with a sharded model reads
+its own shard from the mapped files, and nothing else.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from longspan.model import hf_configs, hf_files
 from longspan.model.config import DecoderConfig
 from longspan.model.decoder import DecoderLM, build
+from longspan.model.encoder import Encoder, build_encoder
+from longspan.model.encoder_config import EncoderConfig
 from longspan.model.hf_files import TensorFiles
+from longspan.model.hf_match import readers_of
 from longspan.model.hf_names import Stored
-from longspan.model.hf_table import ARCHITECTURES, Architecture
+from longspan.model.hf_table import ARCHITECTURES, Architecture, architectures_of
 from longspan.model.lora import is_adapter
+from longspan.model.moe import reset_balance
 from longspan.model.shards import Collector, Region, fill
 
+M = TypeVar("M", bound=nn.Module)
+C = TypeVar("C")
 
+
+@overload
 def load_pretrained(
-    path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> DecoderLM:
+    path: str | os.PathLike[str], *, dtype: torch.dtype = ..., device: torch.device | str = ...
+) -> DecoderLM: ...
+@overload
+def load_pretrained(
+    path: str | os.PathLike[str], *, dtype: torch.dtype = ..., device: torch.device | str = ..., kind: type[M]
+) -> M: ...
+def load_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    kind: type[nn.Module] = DecoderLM,
+) -> nn.Module:
     """The model of a checkpoint folder, whole, on one device; for a sharded model see `load_into`.
 
     Args:
         path: folder with config.json and safetensors.
         dtype: of the parameters, whatever the storage (float64, float32, float16 or bfloat16).
         device: where they go; tensors pass through the CPU one at a time.
+        kind: the class that the caller expects, `DecoderLM` or `Encoder`.
 
     Raises:
-        ValueError: another architecture, a config key that is not understood, a missing, surplus or misshapen tensor, a
-            damaged file, a
-            pickle: one line naming it.
+        ValueError: another architecture, one that builds another class, a config key that is not understood, a missing,
+            surplus or misshapen tensor, a damaged file, a pickle: one line naming it.
     """
-    model = build(read_config(path), dtype=dtype)
+    values = _config_json(Path(path))
+    architecture = _architecture(values)
+    _check_kind(architecture, kind, path)
+    config = architecture.read(hf_configs.Keys(values))
+    model = _outline(config).to(dtype)
     model.to_empty(device=device)
     load_into(model, path)
     return model
 
 
-def read_config(path: str | os.PathLike[str]) -> DecoderConfig:
-    """The config of a checkpoint folder. Raises ValueError as `load_pretrained`."""
+@overload
+def read_config(path: str | os.PathLike[str]) -> DecoderConfig: ...
+@overload
+def read_config(path: str | os.PathLike[str], kind: type[C]) -> C: ...
+def read_config(path: str | os.PathLike[str], kind: type = DecoderConfig) -> Any:
+    """The config of a checkpoint folder, of the class expected. Raises ValueError as `load_pretrained`."""
     values = _config_json(Path(path))
-    return _architecture(values).read(hf_configs.Keys(values))
+    architecture = _architecture(values)
+    _check_kind(architecture, kind, path)
+    return architecture.read(hf_configs.Keys(values))
 
 
-def load_into(model: DecoderLM, path: str | os.PathLike[str]) -> None:
+def _check_kind(architecture: Architecture, kind: type, path: str | os.PathLike[str]) -> None:
+    if kind not in (architecture.model, architecture.config):
+        raise ValueError(
+            f"{path} must hold the checkpoint of a {kind.__name__}, got model type {architecture.model_type!r}: "
+            f"that is of class {architecture.model.__name__}"
+        )
+
+
+def load_into(model: DecoderLM | Encoder, path: str | os.PathLike[str]) -> None:
     """Fills `model` from a checkpoint; of DTensors each rank reads its own shard only. All checks come before the first
     value is written.
 
@@ -65,111 +100,19 @@ def load_into(model: DecoderLM, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: as `load_pretrained`; and parameters on the meta device.
     """
-    parameters, boxes = dict(model.named_parameters()), model.boxes()
-    model.reset_balance()
-    for name, read in readers(model, path).items():
+    parameters, boxes, found = dict(model.named_parameters()), model.boxes(), readers(model, path)
+    reset_balance(model)
+    for name, read in found.items():
         if name in parameters:
             fill(parameters[name], read, boxes.get(name))
 
 
-def readers(model: DecoderLM, path: str | os.PathLike[str]) -> dict[str, Callable[[Region], Tensor]]:
+def readers(model: DecoderLM | Encoder, path: str | os.PathLike[str]) -> dict[str, Callable[[Region], Tensor]]:
     """What reads a box of each parameter of the whole of `model`, adapters left out. Raises as `load_into`."""
     folder = Path(path)
     architecture = _architecture(_config_json(folder))
-    files = TensorFiles(folder)
-    plan, shapes = _match(architecture, model, files, folder)
-    found: dict[str, Callable[[Region], Tensor]] = {}
-    stacks: dict[str, dict[int, Callable[[Region], Tensor]]] = {}
-    for entry, name in plan:
-        if entry.index is not None:
-            stacks.setdefault(entry.ours[0], {})[entry.index] = _reader(files, name, 0, entry.transposed)
-            continue
-        start = 0
-        for ours in entry.ours:
-            found[ours] = _reader(files, name, start, entry.transposed)
-            start += shapes[ours][0]
-    return found | {ours: _stack_reader(entries) for ours, entries in stacks.items()}
-
-
-def _stack_reader(entries: Mapping[int, Callable[[Region], Tensor]]) -> Callable[[Region], Tensor]:
-    def read(region: Region) -> Tensor:
-        return torch.stack([entries[index](region[1:]) for index in range(region[0].start, region[0].stop)])
-
-    return read
-
-
-def _reader(files: TensorFiles, name: str, start: int, transposed: bool) -> Callable[[Region], Tensor]:
-    def read(region: Region) -> Tensor:
-        rows = slice(region[0].start + start, region[0].stop + start)
-        if transposed:
-            return files.read(name, (region[1], rows)).t()
-        return files.read(name, (rows, *region[1:]))
-
-    return read
-
-
-def _match(
-    architecture: Architecture, model: DecoderLM, files: TensorFiles, folder: Path
-) -> tuple[list[tuple[Stored, str]], dict[str, tuple[int, ...]]]:
-    """Every tensor the whole model wants beside its name in the files, and the shapes of its parameters; all that does
-    not fit is refused here."""
-    bare = not any(name.startswith(architecture.prefix) for name in files)
-    shapes = _shapes(model.config)
-    plan: list[tuple[Stored, str]] = []
-    missing: list[str] = []
-    for entry in _names(architecture, model.config, shapes, folder):
-        name = entry.name.removeprefix(architecture.prefix) if bare else entry.name
-        if name not in files:
-            missing.append(name)
-            continue
-        shape = entry.shape(shapes)
-        if files.shape(name) != shape:
-            raise ValueError(
-                f"tensor {name!r} of {folder} must have shape {shape}, got {files.shape(name)}: "
-                "do config and weights belong together?"
-            )
-        files.check_dtype(name)
-        plan.append((entry, name))
-    if missing:
-        raise ValueError(
-            f"{folder} must hold tensor {missing[0]!r}, got {len(missing)} missing in all: fetch the checkpoint again"
-        )
-    wanted = {name for _, name in plan}
-    surplus = [name for name in files if name not in wanted and not re.search(architecture.ignored, name)]
-    if "lm_head.weight" in surplus and model.config.tie_embeddings:
-        _check_tied(files, next(name for entry, name in plan if entry.ours == ("embed.weight",)), folder)
-        surplus.remove("lm_head.weight")
-    if surplus:
-        raise ValueError(
-            f"{folder} may hold only the model's tensors, got {sorted(surplus)[0]!r} and "
-            f"{len(surplus) - 1} more: the config does not ask for it"
-        )
-    return plan, shapes
-
-
-def _names(architecture: Architecture, config: DecoderConfig, shapes: Mapping[str, Any], folder: Path) -> list[Stored]:
-    stored = architecture.names(config)
-    unknown = sorted({name for entry in stored for name in entry.ours} ^ set(shapes))
-    if unknown:
-        raise ValueError(
-            f"the model must have the parts of {architecture.model_type}, as {folder} does, got a difference "
-            f"at {unknown[0]!r}: build it from read_config(path)"
-        )
-    return stored
-
-
-def _check_tied(files: TensorFiles, embedding: str, folder: Path) -> None:
-    """A head stored beside a tied embedding must be the same values, for it will not be read."""
-    rows, columns = files.shape(embedding)
-    same = files.shape("lm_head.weight") == (rows, columns)
-    for start in range(0, rows, 4096):
-        box = (slice(start, min(start + 4096, rows)), slice(0, columns))
-        same = same and torch.equal(files.read(embedding, box), files.read("lm_head.weight", box))
-    if not same:
-        raise ValueError(
-            f"'lm_head.weight' of {folder} must equal the embedding it is tied to, got other values: "
-            'set "tie_word_embeddings": false'
-        )
+    _check_kind(architecture, type(model.config), folder)
+    return readers_of(architecture, model.config, _shapes(model.config), TensorFiles(folder), folder)
 
 
 def _config_json(folder: Path) -> dict[str, Any]:
@@ -197,7 +140,7 @@ def _architecture(values: dict[str, Any]) -> Architecture:
 
 
 def save_pretrained(
-    model: DecoderLM,
+    model: DecoderLM | Encoder,
     path: str | os.PathLike[str],
     *,
     architecture: str | None = None,
@@ -242,7 +185,7 @@ def save_pretrained(
 
 
 def save_tensors(
-    config: DecoderConfig,
+    config: DecoderConfig | EncoderConfig,
     parameters: Mapping[str, Tensor],
     shapes: dict[str, tuple[int, ...]],
     path: str | os.PathLike[str],
@@ -313,20 +256,22 @@ class _Relay:
             raise outcome.error
 
 
-def stored_names(config: DecoderConfig) -> list[Stored]:
+def stored_names(config: DecoderConfig | EncoderConfig) -> list[Stored]:
     """The names of the first architecture that can hold the model. Raises ValueError where none can."""
     return ARCHITECTURES[_describe(config, None)[0]].names(config)
 
 
-def _describe(config: DecoderConfig, architecture: str | None) -> tuple[str, dict[str, Any]]:
+def _describe(config: DecoderConfig | EncoderConfig, architecture: str | None) -> tuple[str, dict[str, Any]]:
     if architecture is not None:
         if architecture not in ARCHITECTURES:
             raise ValueError(
                 f"architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}: pick one of these"
             )
+        if architecture not in architectures_of(config):
+            raise ValueError(f"{architecture} cannot hold this model: it holds none of {type(config).__name__}")
         return architecture, ARCHITECTURES[architecture].write(config)
     reasons = []
-    for name, entry in ARCHITECTURES.items():
+    for name, entry in architectures_of(config).items():
         try:
             return name, entry.write(config)
         except ValueError as error:
@@ -352,6 +297,8 @@ class _Gather:
             return self._last[1][entry.index].clone() if self.keep else torch.empty(0)
         parts = [self._whole(name) for name in entry.ours]
         joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if entry.folded is not None and self.keep:
+            return joined.reshape(entry.folded)
         return joined.t() if entry.transposed and self.keep else joined
 
     def _whole(self, name: str) -> Tensor:
@@ -359,9 +306,14 @@ class _Gather:
         return whole.to("cpu", self.dtype) if self.keep else torch.empty(0)
 
 
-def _shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(config: DecoderConfig | EncoderConfig) -> dict[str, tuple[int, ...]]:
     """Of the whole model's parameters."""
-    return {name: tuple(parameter.shape) for name, parameter in build(config).named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in _outline(config).named_parameters()}
+
+
+def _outline(config: DecoderConfig | EncoderConfig) -> DecoderLM | Encoder:
+    """The whole model, with shapes only."""
+    return build(config) if isinstance(config, DecoderConfig) else build_encoder(config)
 
 
 def _prepare(folder: Path) -> None:

@@ -49,6 +49,7 @@ def chunked_cross_entropy(
     chunk_tokens: int = 1024,
     softcap: float | None = None,
     words: Words | None = None,
+    bias: Float[Tensor, " vocab"] | None = None,
 ) -> tuple[Float[Tensor, ""], Int64[Tensor, ""]]:
     """Summed cross-entropy of the logits `hidden · weightᵀ` against `labels`, and the number of labels counted.
 
@@ -58,8 +59,9 @@ def chunked_cross_entropy(
         labels: the token to predict at each position; -100 = no label there.
         chunk_tokens: rows whose logits exist at one time; the memory of the call is 4·chunk_tokens·vocab bytes.
         softcap: logits become softcap·tanh(logits / softcap).
-        words: the part of the vocabulary that `weight` holds; None: all. All ranks of its group have the same `hidden`
-            and `labels`, and call together; the gradient of `hidden` is then this rank's addend of it.
+        words: the part of the vocabulary that `weight` and `bias` hold; None: all. All ranks of its group have the same
+            `hidden` and `labels`, and call together; the gradient of `hidden` is then this rank's addend of it.
+        bias: added to the logits, before the softcap.
 
     Returns:
         The sum (not the mean) of the losses in nats, fp32 (fp64 for fp64 inputs), and the number of labels counted.
@@ -70,16 +72,23 @@ def chunked_cross_entropy(
         RuntimeError: backward with create_graph=True, since the gradients here are constants to autograd.
     """
     _check(hidden, weight, labels, chunk_tokens, softcap, weight.shape[0] if words is None else words.total)
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias must have one value for each of the {weight.shape[0]} rows of weight, got {tuple(bias.shape)}; "
+            "pass the head's own"
+        )
     want_grads = torch.is_grad_enabled()
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_tokens, softcap, words, want_grads)
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, chunk_tokens, softcap, words, want_grads)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, chunk_tokens, softcap, words, want_grads):
+    def forward(ctx, hidden, weight, bias, labels, chunk_tokens, softcap, words, want_grads):
         # needs_input_grad stays true under no_grad, hence the extra flag from outside.
         want_hidden = want_grads and ctx.needs_input_grad[0]
         want_weight = want_grads and ctx.needs_input_grad[1]
+        want_bias = want_grads and ctx.needs_input_grad[2]
+        want_any = want_hidden or want_weight or want_bias
         accumulate = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
         product = _Product(hidden, weight, accumulate)
 
@@ -88,26 +97,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         sum_loss = torch.zeros((), dtype=accumulate, device=hidden.device)
         dhidden = torch.empty_like(rows) if want_hidden else None
         dweight = torch.zeros(weight.shape, dtype=accumulate, device=weight.device) if want_weight else None
+        dbias = torch.zeros(bias.shape, dtype=accumulate, device=bias.device) if want_bias else None
 
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, rows.shape[0], chunk_tokens):
                 chunk = product.prepare(rows[start : start + chunk_tokens])
                 logits, target = product.mm(chunk, product.weight.t()), targets[start : start + chunk_tokens]
+                if bias is not None:
+                    logits += bias
                 if product.native and words is None:
-                    losses, dlogits = _chunk_cuda(logits, target, softcap, want_hidden or want_weight, product.operand)
+                    losses, dlogits = _chunk_cuda(logits, target, softcap, want_any, product.operand)
                 else:
-                    losses, dlogits = _chunk(logits, target[:, None], softcap, words, want_hidden or want_weight)
+                    losses, dlogits = _chunk(logits, target[:, None], softcap, words, want_any)
                 sum_loss += losses.sum()
                 if dlogits is None:
                     continue
+                if dbias is not None:
+                    dbias += dlogits.sum(0, dtype=accumulate)
                 dlogits = product.prepare(dlogits)
                 if dhidden is not None:
                     dhidden[start : start + chunk_tokens] = product.mm(dlogits, product.weight)
                 if dweight is not None:
                     product.add(dweight, dlogits.t(), chunk)
 
-        ctx.save_for_backward(dhidden, dweight)
+        ctx.save_for_backward(dhidden, dweight, dbias)
         ctx.shape, ctx.weight_dtype = hidden.shape, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         num_tokens = (labels != IGNORED).sum()
         ctx.mark_non_differentiable(num_tokens)
         return sum_loss, num_tokens
@@ -117,14 +132,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # Without this a second derivative would silently be zero: grad mode is on here only under create_graph=True.
         if torch.is_grad_enabled():
             raise RuntimeError("chunked_cross_entropy has no second derivative; drop create_graph=True")
-        grad, dhidden, dweight = grads[0], *ctx.saved_tensors
+        grad, dhidden, dweight, dbias = grads[0], *ctx.saved_tensors
         # Not in place: the graph may be kept and walked again.
         if dhidden is not None:
             dhidden = (dhidden * grad).to(dhidden.dtype).reshape(ctx.shape)
         if dweight is not None:
             # Rounded as it is written: dweight is large.
             dweight = torch.mul(dweight, grad, out=torch.empty_like(dweight, dtype=ctx.weight_dtype))
-        return dhidden, dweight, None, None, None, None, None
+        if dbias is not None:
+            dbias = (dbias * grad).to(ctx.bias_dtype)
+        return dhidden, dweight, dbias, None, None, None, None, None
 
 
 class _Product:

@@ -187,6 +187,13 @@ def balance_loss(
     return config.aux_coef * config.num_experts * (shares * scores).sum()
 
 
+def reset_balance(model: nn.Module) -> None:
+    """Biases and noted load to zero: a model that comes from the meta device has no values there."""
+    for name, buffer in model.named_buffers():
+        if name.endswith(("selection_bias", "expert_load")):
+            buffer.zero_()
+
+
 class Experts(nn.Module):
     """The weights of this rank's experts, stacked along dim 0; of each, tensor ranks hold some inner channels."""
 

@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from longspan.layout.tensor_parallel import WHOLE, TensorSplit, linear_boxes
 from longspan.layout.weights import Box
 from longspan.mixers.contract import Context
-from longspan.mixers.norm import RMSNorm
+from longspan.mixers.norm import PlusOneRMSNorm, RMSNorm
 from longspan.mixers.rotary import Rotary
 from longspan.mixers.softmax import Attention
-from longspan.model.config import DecoderConfig, MlpConfig, NormConfig
+from longspan.model.config import LayersConfig, MlpConfig, MlpKind, NormConfig
 from longspan.model.moe import Moe, Routing
 from longspan.model.part import ALL, ModelPart
 
@@ -38,11 +38,18 @@ class LayerNorm(nn.Module):
 
 def make_norm(config: NormConfig, size: int) -> nn.Module:
     """The norm a config asks for, over a last dim of `size`."""
-    return {"rms": RMSNorm, "layer": LayerNorm}[config.kind](size, config.eps)
+    return {"rms": RMSNorm, "rms_plus_one": PlusOneRMSNorm, "layer": LayerNorm}[config.kind](size, config.eps)
+
+
+def activation(kind: MlpKind, x: Tensor) -> Tensor:
+    """The activation of a kind of mlp; of the gate, where it has one."""
+    if kind == "swiglu":
+        return F.silu(x)
+    return F.gelu(x, approximate="none" if kind == "gelu" else "tanh")
 
 
 class Mlp(nn.Module):
-    """The channel mixer: swiglu (arXiv:2002.05202), gelu by erf, or gelu by tanh (arXiv:1606.08415).
+    """The channel mixer: gated by silu or gelu (arXiv:2002.05202), or gelu by erf or by tanh (arXiv:1606.08415).
 
     `tile`, a runtime setting that no checkpoint holds: with a number, that many tokens of the sequence are mixed at a
     time and their inner activations are computed again in the backward, so that inner_size · tile values are alive at
@@ -54,7 +61,7 @@ class Mlp(nn.Module):
         self.config, self.split = config, split
         self.tile: int | None = None
         inner = len(split.share(config.inner_size))
-        self.gate = nn.Linear(hidden_size, inner, bias=config.bias) if config.kind == "swiglu" else None
+        self.gate = nn.Linear(hidden_size, inner, bias=config.bias) if config.gated else None
         self.up = nn.Linear(hidden_size, inner, bias=config.bias)
         self.down = nn.Linear(inner, hidden_size, bias=config.bias)
 
@@ -71,9 +78,9 @@ class Mlp(nn.Module):
 
     def _mix(self, x: Tensor) -> Tensor:
         if self.gate is not None:
-            inner = F.silu(self.gate(x)) * self.up(x)
+            inner = activation(self.config.kind, self.gate(x)) * self.up(x)
         else:
-            inner = F.gelu(self.up(x), approximate="tanh" if self.config.kind == "gelu_tanh" else "none")
+            inner = activation(self.config.kind, self.up(x))
         return self.split.partial(inner, self.down)
 
     def boxes(self) -> dict[str, Box]:
@@ -83,38 +90,44 @@ class Mlp(nn.Module):
         return boxes if self.gate is None else boxes | linear_boxes("gate", self.gate, 0, start, total)
 
 
-def make_channel_mixer(config: DecoderConfig, layer: int, part: ModelPart = ALL) -> Mlp | Moe:
+def make_channel_mixer(config: LayersConfig, layer: int, part: ModelPart = ALL) -> Mlp | Moe:
     """The mlp or the mixture of experts of one layer."""
-    moe, width = config.moe, config.hidden_size
-    if moe is None or layer in config.dense_layers:
-        return Mlp(config.mlp, width, part.split)
-    shared = Mlp(MlpConfig(inner_size=moe.shared_inner_size), width, part.split) if moe.shared_inner_size else None
-    return Moe(moe, width, shared, part)
+    mixer, width = config.channel_mixer(layer), config.hidden_size
+    if isinstance(mixer, MlpConfig):
+        return Mlp(mixer, width, part.split)
+    shared = Mlp(MlpConfig(inner_size=mixer.shared_inner_size), width, part.split) if mixer.shared_inner_size else None
+    return Moe(mixer, width, shared, part)
 
 
 class Block(nn.Module):
-    """One layer: token mixer and channel mixer with pre-norms, one after the other or side by side."""
+    """One layer of a decoder or an encoder: token mixer and channel mixer, wired with their norms."""
 
-    def __init__(self, config: DecoderConfig, layer: int, rotary: Rotary | None, part: ModelPart = ALL) -> None:
+    def __init__(self, config: LayersConfig, layer: int, rotary: Rotary | None, part: ModelPart = ALL) -> None:
         super().__init__()
-        self.split, width = part.split, config.hidden_size
+        self.split, self.wiring, width = part.split, config.wiring, config.hidden_size
         self.norm_mixer = make_norm(config.norm, width)
         self.mixer = Attention(
             config.attention, width, layer=layer, window=config.window(layer), rotary=rotary, split=part.split
         )
         # Side by side, both read the one norm.
-        self.norm_mlp = make_norm(config.norm, width) if config.wiring == "sequential" else None
+        self.norm_mlp = None if config.wiring == "parallel" else make_norm(config.norm, width)
         self.mlp = make_channel_mixer(config, layer, part)
+        sandwich = config.wiring == "sandwich"
+        self.norm_mixer_out = make_norm(config.norm, width) if sandwich else nn.Identity()
+        self.norm_mlp_out = make_norm(config.norm, width) if sandwich else nn.Identity()
 
     def forward(self, x: Float[Tensor, "b m c"], ctx: Context) -> tuple[Float[Tensor, "b m c"], Routing | None]:
         """The layer's output, residuals added, and where tokens went (None where the layer has no experts); m is the
         context's number of tokens unless weights are split."""
-        num_tokens = ctx.positions.shape[0]
-        normed = self.split.gather(self.norm_mixer(x), num_tokens)
-        x = x + self.mixer(normed, ctx)
+        num_tokens, post = ctx.positions.shape[0], self.wiring == "post"
+        normed = self.split.gather(x if post else self.norm_mixer(x), num_tokens)
+        # The outer norms see the sum over ranks, which the mixers return.
+        x = x + self.norm_mixer_out(self.mixer(normed, ctx))
+        if post:
+            x = self.norm_mixer(x)
         if self.norm_mlp is not None:
-            normed = self.split.gather(self.norm_mlp(x), num_tokens)
-        if isinstance(self.mlp, Moe):
-            mixed, routing = self.mlp(normed)
-            return x + mixed, routing
-        return x + self.mlp(normed), None
+            normed = self.split.gather(x if post else self.norm_mlp(x), num_tokens)
+        mixed = self.mlp(normed)
+        mixed, routing = mixed if isinstance(self.mlp, Moe) else (mixed, None)
+        x = x + self.norm_mlp_out(mixed)
+        return self.norm_mlp(x) if post and self.norm_mlp is not None else x, routing

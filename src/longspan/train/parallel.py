@@ -20,6 +20,7 @@ from longspan.layout.mesh import Mesh
 from longspan.layout.tensor_parallel import TensorSplit
 from longspan.model.config import DecoderConfig
 from longspan.model.decoder import DecoderLM
+from longspan.model.encoder_config import EncoderConfig
 from longspan.model.layer_stream import LayerStream, stream_layers
 from longspan.model.moe import Experts, Moe
 from longspan.model.offload import ActivationOffload
@@ -40,8 +41,13 @@ def expert_split(mesh: Mesh) -> ExpertSplit:
     return ExpertSplit(mesh.expert.rank, mesh.expert.size, mesh.expert.group)
 
 
-def check_plan(plan: Plan, config: DecoderConfig, partly_trained: bool = False) -> None:
+def check_plan(plan: Plan, config: DecoderConfig | EncoderConfig, partly_trained: bool = False) -> None:
     """Raises ValueError where a model, all or only some of which is trained, cannot be split as a plan says."""
+    if isinstance(config, EncoderConfig):
+        raise ValueError(
+            f"plans are for decoders, which predict the next token, got {type(config).__name__}; train an encoder by "
+            "its own loss, in a loop of your own"
+        )
     if partly_trained and (plan.tensor > 1 or plan.pipeline > 1):
         raise ValueError(
             f"adapters and frozen parameters need whole layers on a rank, got tensor {plan.tensor} and pipeline "

@@ -15,7 +15,8 @@ from longspan.context.build import resolve as resolve_schedule
 from longspan.model.config import DecoderConfig, LearnedPositionsConfig
 from longspan.model.hf_adapter import layer_names
 from longspan.model.hf_files import fingerprint
-from longspan.model.huggingface import ARCHITECTURES, read_config
+from longspan.model.hf_table import architectures_of
+from longspan.model.huggingface import read_config
 from longspan.plan.plan import Plan
 from longspan.train.checkpoint import PARTIAL
 from longspan.train.config import EvalConfig, TrainConfig
@@ -215,7 +216,7 @@ def check_positions(decoder: DecoderConfig, length: int, what: str, option: str)
 def why_not_exported(decoder: DecoderConfig) -> str:
     """Why no Hugging Face architecture can hold the model; "" where one can. To be known before training, not after."""
     reasons: list[str] = []
-    for architecture in ARCHITECTURES.values():
+    for architecture in architectures_of(decoder).values():
         try:
             architecture.write(decoder)
         except ValueError as error:
