@@ -11,13 +11,13 @@ On one rank there is no FSDP: mixed precision is that of `longspan.train.precisi
 from __future__ import annotations
 
 import torch
-import torch._functorch.config as functorch_config
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from longspan.layout.expert_parallel import ExpertSplit
 from longspan.layout.mesh import Mesh
 from longspan.layout.tensor_parallel import TensorSplit
+from longspan.model.compiled import compile_blocks
 from longspan.model.config import DecoderConfig
 from longspan.model.decoder import DecoderLM
 from longspan.model.encoder_config import EncoderConfig
@@ -135,13 +135,8 @@ def apply_saving(root: nn.Module, plan: Plan, *, min_bytes: int = 2**20) -> None
     for mixer in (module for module in root.modules() if isinstance(module, Mlp | Moe)):
         mixer.tile = plan.mlp_tile or None
     if plan.compile:
-        # Blocks differ in the number of their layer, which no computation depends on: one graph for all of them.
-        torch._dynamo.config.allow_unspec_int_on_nn_module = True
-        # What attention keeps for its backward has a size that the mask decides.
-        torch._dynamo.config.capture_dynamic_output_shape_ops = True
-        functorch_config.activation_memory_budget = plan.activation_budget
-        for block in root.blocks:  # type: ignore[union-attr]
-            block.compile(dynamic=False)
+        assert isinstance(root.blocks, Layers)
+        compile_blocks(root.blocks, plan.activation_budget)
 
 
 def stream(model: DecoderLM, plan: Plan, device: torch.device) -> LayerStream | None:
