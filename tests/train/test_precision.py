@@ -72,6 +72,8 @@ def compiled(rank: int, world: int) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # inductor's own, of torch.jit
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at it
 def test_compiled_blocks_are_the_same_blocks() -> None:
     losses = run_ranks(compiled, 1, timeout_s=300)[0]
     assert losses[2:] == pytest.approx(losses[:2], rel=1e-5)

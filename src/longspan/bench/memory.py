@@ -156,7 +156,9 @@ class Cell:
         model = ModelConfig(
             layers=self.layers, width=self.width, heads=self.heads, kv_heads=self.kv_heads, inner=self.inner
         )
-        return model.decoder(self.words, self.length)
+        decoder = model.decoder(self.words, self.length)
+        # As Llama has it.
+        return replace(decoder, attention=replace(decoder.attention, qk_norm_eps=None))
 
 
 def _apply(
