@@ -56,10 +56,14 @@ LIGHT = frozenset(
 )
 # Oracles of the tests: the package itself must do without.
 NEVER = frozenset({"transformers", "accelerate", "peft"})
-# But for the way into a library that is a way into it: inside functions, never as the module loads.
-BRIDGES = {"longspan.context.hf_attention": "transformers"}
+# But for the way into a library, and for a benchmark beside it: inside functions, never as the module loads.
+BRIDGES = {"longspan.context.hf_attention": "transformers", "longspan.bench.peers": "transformers"}
 # Modules that are a back end, and what they need as they load: they themselves are imported inside functions.
-BACK_ENDS = {"longspan.attention.merge_cuda": "triton", "longspan.model.loss_cuda": "triton"}
+BACK_ENDS = {
+    "longspan.attention.merge_cuda": "triton",
+    "longspan.model.loss_cuda": "triton",
+    "longspan.train.adamw_cuda": "triton",
+}
 BROAD = frozenset({"Exception", "BaseException"})
 # Spelt in two halves, so that this file does not break its own rule.
 MACHINE_PATH = re.compile("/" + r"(work|root|home|Users)/\w")

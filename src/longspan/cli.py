@@ -90,22 +90,6 @@ class DoctorConfig:
     ranks: int = 2
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BenchConfig:
-    """Measure on this machine, and write JSON and a table.
-
-    Args:
-        suite: "training": tokens/s and peak memory per rank against sequence length, at several numbers of ranks.
-        out: where the results go.
-    """
-
-    suite: Literal["training"] = "training"
-    ranks: tuple[int, ...] = (1, 2, 4)
-    lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
-    steps: int = 3
-    out: Path = Path("runs/bench")
-
-
 def _options(kind: Any) -> list[str]:
     parser = tyro.extras.get_parser(kind)
     return [option for action in parser._actions for option in action.option_strings]
@@ -342,7 +326,7 @@ def _bench(argv: Sequence[str]) -> int:
         from longspan.bench.memory import MemoryBenchConfig, run_memory_bench
 
         return run_memory_bench(parse(MemoryBenchConfig, argv[1:], "longspan bench memory", switches=True))
-    from longspan.bench.training import run_training_bench
+    from longspan.bench.training import BenchConfig, run_training_bench
 
     if {"-h", "--help"} & set(argv):
         print("longspan bench measures training; others have a --help of their own:")
@@ -350,8 +334,7 @@ def _bench(argv: Sequence[str]) -> int:
         print("  longspan bench kernels    attention kernels on one device; --save-profile calibrates it")
         print("  longspan bench step       a training step on one device, beside others' and the floor")
         print("  longspan bench memory     what each way of saving memory saves and costs\n")
-    config = parse(BenchConfig, argv, "longspan bench")
-    return run_training_bench(config.ranks, config.lengths, config.steps, config.out)
+    return run_training_bench(parse(BenchConfig, argv, "longspan bench"))
 
 
 def _plan(argv: Sequence[str]) -> int:

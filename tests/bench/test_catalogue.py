@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -26,7 +28,9 @@ from longspan.bench.catalogue import (
 )
 from longspan.context.methods import METHODS
 from longspan.layout.tokens import LAYOUTS
+from longspan.model.config import Balance
 from longspan.model.hf_table import ARCHITECTURES
+from longspan.plan.plan import Offload, PipelineSchedule, Plan
 from tests.data import REPOSITORY
 
 
@@ -42,8 +46,13 @@ def test_every_name_of_every_table_has_a_row(capsys: pytest.CaptureFixture[str])
         ("pattern", PATTERNS),
         ("kernel", KERNELS),
         ("architecture", ARCHITECTURES),
+        ("pipeline", get_args(PipelineSchedule)),
+        ("offload", get_args(Offload)[1:]),
+        ("balance", get_args(Balance)),
     ):
         assert [row.name for row in rows if row.section == section] == list(table)
+    axes = [row.name for row in rows if row.section == "axis"]
+    assert all(name in {field.name for field in fields(Plan)} for name in axes) and {*Plan().axes()} <= {*axes}
     assert {row.section for row in rows} == set(catalogue.SECTIONS) == set(catalogue.CHOSEN_BY)
     assert all(row.what and row.status and "\n" not in row.what for row in rows)
     for text in (render_markdown(), render_readme()):

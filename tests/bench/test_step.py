@@ -14,6 +14,7 @@ from longspan.bench import step
 from longspan.bench.floor import measure_floor, model_flops
 from longspan.bench.step import StepBenchConfig, run_step_bench, shape_config, table
 from longspan.cli import main
+from tests.data import REPOSITORY
 
 TINY = shape_config("tiny")
 
@@ -25,14 +26,14 @@ def test_ours_and_transformers_run_beside_the_floor(tmp_path: Path, capsys: pyte
     record = json.loads((tmp_path / "step.json").read_text())
     assert [row["status"] for row in record["rows"]] == ["ok"] * 3 and record["suite"] == "step"
     floor, ours, theirs = record["rows"]
-    assert ours["last_loss"] < ours["first_loss"] and theirs["last_loss"] == pytest.approx(ours["last_loss"], rel=1e-5)
+    assert ours["losses"][-1] < ours["first_loss"] and theirs["losses"] == pytest.approx(ours["losses"], rel=1e-5)
     assert ours["step_s"][1] > floor["step_s"][1]
     assert (tmp_path / "step.md").read_text() == table(record)
     assert "ours_eager" in capsys.readouterr().out
 
 
 def answer(losses: list[float]) -> mock.Mock:
-    row = {"step_s": [1.0, 2.0, 3.0], "first_loss": losses[0], "last_loss": losses[1], "peak_bytes": 1}
+    row = {"step_s": [1.0, 2.0, 3.0], "first_loss": losses[0], "second_loss": losses[1], "peak_bytes": 1}
     return mock.Mock(returncode=0, stdout=json.dumps(row), stderr="")
 
 
@@ -54,6 +55,12 @@ def test_flops_are_counted_as_the_docs_say() -> None:
     assert model_flops(TINY, 10) == 10 * (6 * parameters + 6 * 2 * 64 * 10)
     floor = measure_floor(TINY, 32, torch.device("cpu"), torch.float32)
     assert min(floor[:3]) > 0 and floor.step_s == pytest.approx(sum(floor[:3]))
+
+
+@pytest.mark.parametrize("name", ["step_8k_h200", "step_8k_torchtitan_h200", "step_128k_h200"])
+def test_the_page_has_the_records_table(name: str) -> None:
+    record = json.loads((REPOSITORY / "benchmarks" / "results" / f"{name}.json").read_text())
+    assert table(record) in (REPOSITORY / "docs" / "benchmarks.md").read_text()
 
 
 def test_bad_options_are_refused() -> None:

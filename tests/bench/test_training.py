@@ -12,7 +12,7 @@ import torch
 
 from longspan.bench import training
 from longspan.bench.record import commit
-from longspan.bench.training import run_training_bench, table
+from longspan.bench.training import BenchConfig, run_training_bench, table
 from longspan.context.methods import METHODS
 from longspan.train.launch import Joined
 from tests.data import REPOSITORY
@@ -30,12 +30,12 @@ def test_the_page_shows_what_was_measured(name: str) -> None:
 )
 def test_bad_sizes_are_refused(ranks, lengths, steps, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"positive|a token for every rank"):
-        run_training_bench(ranks, lengths, steps, tmp_path)
+        run_training_bench(BenchConfig(ranks=ranks, lengths=lengths, steps=steps, out=tmp_path))
 
 
 @pytest.mark.slow
 def test_two_ranks_pass_the_gate_and_need_less_memory(tmp_path) -> None:
-    assert run_training_bench((1, 2), (4096,), 1, tmp_path) == 0
+    assert run_training_bench(BenchConfig(ranks=(1, 2), lengths=(4096,), steps=1, out=tmp_path)) == 0
     one, two = json.loads((tmp_path / "training.json").read_text())["rows"]
     assert max(two["added_bytes_per_rank"]) < 0.75 * max(one["added_bytes_per_rank"])
 
@@ -63,20 +63,20 @@ def test_the_gate_holds_every_loss_to_the_first_listed_ranks(changes, words, tmp
 
     monkeypatch.setattr(training, "local_ranks", local_ranks)
     if words is None:
-        assert run_training_bench((2, 1), (64,), 1, tmp_path) == 0
+        assert run_training_bench(BenchConfig(ranks=(2, 1), lengths=(64,), steps=1, out=tmp_path)) == 0
         record = json.loads((tmp_path / "training.json").read_text())
         assert [(r["ranks"], r["last_loss"]) for r in record["rows"]] == [(2, 5.25), (1, 5.251)]
         assert record["commit"] == commit()
     else:
         with pytest.raises(ValueError, match=words):
-            run_training_bench((2, 1), (64,), 1, tmp_path)
+            run_training_bench(BenchConfig(ranks=(2, 1), lengths=(64,), steps=1, out=tmp_path))
         assert not (tmp_path / "training.json").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path) -> None:
     (tmp_path / "taken").write_text("mine")
     with pytest.raises(ValueError, match=r"the folder .*taken/x cannot be made \(Not a directory\); choose another"):
-        run_training_bench((1,), (8,), 1, tmp_path / "taken" / "x")
+        run_training_bench(BenchConfig(ranks=(1,), lengths=(8,), steps=1, out=tmp_path / "taken" / "x"))
 
 
 def one_case(rank: int, world: int) -> dict[str, Any]:

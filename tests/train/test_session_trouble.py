@@ -144,4 +144,4 @@ def test_a_disk_with_no_room_at_all(small_disk: Path) -> None:
     assert any(w.startswith("metrics of step ") and w.endswith("training goes on") for w in warnings)
     assert "checkpoint of step 80 was not saved: " in result.err
     assert last.startswith("longspan: error: the trained model could not be written to ")
-    assert 0 < max(losses(small_disk)) < 80
+    assert 0 < len(losses(small_disk)) < 80

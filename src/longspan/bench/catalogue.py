@@ -21,8 +21,10 @@ from longspan.attention.patterns import PATTERNS
 from longspan.context.balance import balanced
 from longspan.context.methods import METHODS
 from longspan.layout.tokens import LAYOUTS
+from longspan.model.config import Balance
 from longspan.model.hf_table import ARCHITECTURES
 from longspan.model.recompute import Recompute
+from longspan.plan.plan import Offload, PipelineSchedule
 
 BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
 REFRESH = "python -m longspan.bench.catalogue --write"
@@ -44,7 +46,12 @@ SECTIONS: dict[str, str] = {
     "pattern": "Mask patterns",
     "kernel": "Attention kernels",
     "architecture": "Checkpoints of Hugging Face",
+    "axis": "Axes of a plan",
+    "pipeline": "Pipeline schedules",
     "recompute": "Recomputation",
+    "offload": "Offload to host memory",
+    "balance": "Balance of experts",
+    "tuning": "Fine-tuning",
 }
 # How the value is passed: attention(method=...), shard(layout=...), ...
 CHOSEN_BY: dict[str, str] = {
@@ -53,7 +60,12 @@ CHOSEN_BY: dict[str, str] = {
     "pattern": "`longspan.attention.patterns.PATTERNS[name](num_tokens, ...)`; see [Masks](masks.md)",
     "kernel": "`kernel=` of `attention`; `auto` takes the first that can",
     "architecture": "the checkpoint itself, in its config.json; see [Checkpoints](checkpoints.md)",
-    "recompute": "`recompute` of the plan",
+    "axis": "its size in the plan; see [Axes](axes.md)",
+    "pipeline": "`pipeline_schedule` of the plan",
+    "recompute": "`recompute` of the plan, and `activation_budget` for compiled blocks; see [Memory](memory.md)",
+    "offload": "`offload` of the plan; see [Memory](memory.md)",
+    "balance": "`--model.balance`",
+    "tuning": "options of `longspan train`; see [Fine-tuning](finetuning.md)",
 }
 
 _SCHEDULE = "run: gloo on CPU, and on one H200 (staged), NCCL on four H200; emulate: 1–8 ranks"
@@ -75,7 +87,62 @@ VERIFIED: dict[str, str] = {
     "kernel/cpu_flash": _CPU,
     "kernel/reference": _CPU,
     "architecture": "logits equal transformers', both ways, random weights",
+    "axis": "gloo on CPU: loss and every gradient equal one process's",
+    "axis/data": "gloo on CPU: loss and every gradient equal one process's; NCCL on four H200 (ZeRO-2, ZeRO-3)",
+    "axis/context": "gloo on CPU: loss and every gradient equal one process's; NCCL on four H200",
+    "pipeline": "gloo on CPU: loss and every gradient equal one process's",
     "recompute": "gradients equal those without, on CPU; trained with on one H200",
+    "offload": "gradients equal those without, bit by bit, on CPU and on one H200",
+    "balance": "gloo on CPU: loss, auxiliary loss, loads and every gradient equal one process's",
+    "tuning": "CPU: peft reads what is written and gives the same logits; runs resume and are exported",
+    "tuning/freeze": "CPU: what is frozen stays, bit by bit",
+}
+
+# Names that are values of an option, with what has no docstring to say it.
+_WORDS: dict[str, dict[str, tuple[str, str]]] = {
+    "axis": {
+        "data": ("ranks draw different rows; parameters replicated, ZeRO-2 or ZeRO-3", "arXiv:1910.02054"),
+        "context": ("ranks share each sequence, by the methods above", ""),
+        "tensor": (
+            "ranks share every weight, with sequence and loss parallelism",
+            "arXiv:1909.08053, arXiv:2205.05198",
+        ),
+        "pipeline": ("ranks share the layers, by the schedules below", ""),
+        "expert": ("ranks share the experts of a mixture and draw different rows", "arXiv:2006.16668"),
+        "replicas": ("copies of what is sharded, each over a part of the data ranks (HSDP)", "arXiv:2304.11277"),
+    },
+    "pipeline": {
+        "gpipe": ("all forwards, then all backwards", "arXiv:1811.06965"),
+        "1f1b": ("a backward after each forward, once the pipeline is full", "arXiv:2006.09503"),
+        "interleaved": ("several stages a rank, 1f1b", "arXiv:2104.04473"),
+        "looped_bfs": ("several stages a rank, all micro-batches through one before the next", "arXiv:2211.05953"),
+        "zero_bubble": ("several stages a rank, gradients of weights where a rank would wait", "arXiv:2401.10241"),
+        "zbv": ("two stages a rank in a V, so that first and last are on one", "arXiv:2405.15362"),
+        "dualpipev": ("as zbv, a forward beside each backward", "DeepSeek-V3, arXiv:2412.19437"),
+    },
+    "recompute": {
+        "none": ("every activation is kept", ""),
+        "full": ("each block's input is kept, the block runs again in the backward", ""),
+        "attention": (
+            "as full, but attention's output and lse are kept, so that attention does not run again",
+            "Li et al. 2023, arXiv:2310.03294, section 3.4",
+        ),
+    },
+    "offload": {
+        "activations": ("what recomputation keeps of a block leaves the device until its backward", "arXiv:2506.13996"),
+        "layers": ("parameters, gradients and optimiser state on the host; blocks are streamed", "arXiv:2104.07857"),
+        "both": ("activations and layers", ""),
+    },
+    "balance": {
+        "none": ("tokens go where the router sends them", ""),
+        "aux": ("an auxiliary loss in each layer, over the load of all ranks", "arXiv:2101.03961"),
+        "aux_pooled": ("an auxiliary loss over all layers at once, as transformers has it", ""),
+        "bias": ("a bias on the router's choice, moved after every step; no loss", "arXiv:2408.15664"),
+    },
+    "tuning": {
+        "lora": ("low-rank adapters beside frozen weights, saved in PEFT's format", "Hu et al. 2021, arXiv:2106.09685"),
+        "freeze": ("parameters that stay as they are, by the beginnings of their names", ""),
+    },
 }
 
 PLANNED = "Planned, and not here: the other published works that longspan means to gather, beyond context parallelism."
@@ -86,12 +153,12 @@ def _first_line(thing: object) -> str:
     return line if line.endswith("...") else line.rstrip(".")
 
 
-def _recompute_words() -> dict[str, str]:
-    return {
-        "none": "every activation is kept",
-        "full": "each block's input is kept, the block runs again in the backward",
-        "attention": "as full, but attention's output and lse are kept, so that attention does not run again",
-    }
+def _options(section: str) -> tuple[str, ...]:
+    """The values of an option that a plan or a model takes by name."""
+    kinds = {"pipeline": PipelineSchedule, "recompute": Recompute, "offload": Offload, "balance": Balance}
+    if section not in kinds:
+        return tuple(_WORDS[section])
+    return tuple(name for name in get_args(kinds[section]) if section != "offload" or name != "none")
 
 
 def methods_table() -> list[Row]:
@@ -113,10 +180,8 @@ def methods_table() -> list[Row]:
         found.append(("kernel", name, _first_line(kernel), ""))
     for name, architecture in ARCHITECTURES.items():
         found.append(("architecture", name, f"model type {architecture.model_type}; import and export", ""))
-    words = _recompute_words()
-    for name in get_args(Recompute):
-        source = "Li et al. 2023, arXiv:2310.03294, section 3.4" if name == "attention" else ""
-        found.append(("recompute", name, words.get(name, ""), source))
+    for section, words in _WORDS.items():
+        found += [(section, name, *words.get(name, ("", ""))) for name in _options(section)]
     used: set[str] = set()
     rows = []
     for section, name, what, source in found:

@@ -27,6 +27,7 @@ from longspan.model.cost import parameters
 from longspan.train.adamw import Hyper, adamw_
 
 _ROWS = 16384  # of the head at a time: its logits are large
+_SUSTAINED_S = 1.0  # of work before times are taken: a GPU that has just begun runs at clocks that it cannot keep
 _REPETITIONS = 5
 _BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
 
@@ -52,7 +53,9 @@ def model_flops(config: DecoderConfig, length: int) -> float:
 
 def _median_s(step: Callable[[], object], device: torch.device) -> float:
     step()
-    return statistics.median(times_s(step, device, _REPETITIONS))
+    once = statistics.median(times_s(step, device, 1))
+    calls = max(1, round(_SUSTAINED_S / _REPETITIONS / once)) if device.type == "cuda" else 1
+    return statistics.median(times_s(step, device, 2 * _REPETITIONS, calls=calls)[_REPETITIONS:])
 
 
 def _linears_s(sizes: list[tuple[int, int]], rows: int, device: torch.device, dtype: torch.dtype) -> float:

@@ -15,8 +15,9 @@ import gc
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,22 @@ from longspan.train.setting import make_folder
 
 _GATES = {"first_loss": 1e-4, "last_loss": 1e-3}
 _TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """Measure on this machine, and write JSON and a table.
+
+    Args:
+        suite: "training": tokens/s and peak memory per rank against sequence length, at several numbers of ranks.
+        out: where the results go.
+    """
+
+    suite: Literal["training"] = "training"
+    ranks: tuple[int, ...] = (1, 2, 4)
+    lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
+    steps: int = 3
+    out: Path = Path("runs/bench")
 
 
 def bench_model(length: int) -> DecoderConfig:
@@ -83,11 +100,12 @@ def measure(length: int, steps: int) -> dict[str, Any]:
     return result
 
 
-def run_training_bench(ranks: tuple[int, ...], lengths: tuple[int, ...], steps: int, out: Path) -> int:
+def run_training_bench(config: BenchConfig) -> int:
     """All cases, each in processes of its own; writes ``training.json`` and ``training.md``. Returns the exit code.
 
     The first of ``ranks`` is what the others are held to and compared with.
     """
+    ranks, lengths, steps, out = config.ranks, config.lengths, config.steps, config.out
     if min(ranks, default=0) < 1 or min(lengths, default=0) < 1 or steps < 1:
         raise ValueError(f"ranks, lengths and steps must be positive, got {ranks}, {lengths} and {steps}")
     make_folder(out)

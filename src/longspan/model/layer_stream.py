@@ -52,7 +52,7 @@ class LayerStream:
             raise ValueError(
                 f"streaming needs a model with blocks, got {type(model).__name__}; pass the decoder itself"
             )
-        blocks: list[nn.Module] = list(found.values() if isinstance(found, nn.ModuleDict) else found)
+        blocks: list[nn.Module] = list(found)
         inside = {module for block in blocks for module in block.modules()}
         outside = [module for module in model.modules() if module not in inside]
         owned = [p for module in outside for p in module.parameters(recurse=False)]

@@ -68,7 +68,7 @@ def apply_recompute(
         raise ValueError('recompute "attention" needs operators to keep, got none; pass keep_ops or use "full"')
     if mode == "none" and offload is not None:
         raise ValueError('offload needs recompute "full" or "attention", got "none", which keeps every activation')
-    found = list(blocks.values() if isinstance(blocks, nn.ModuleDict) else blocks)
+    found = list(blocks)
     for index, block in enumerate(found):
         _unwrap(block)
         if offload is not None:

@@ -269,7 +269,8 @@ class Trainer:
             grads.setdefault(copies, []).append(local)
         squares = [_square_sum(same) / copies for copies, same in grads.items()]
         total = torch.stack(squares).sum().to(self.device)
-        dist.all_reduce(total)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(total)
         return total.sqrt().to(squares[0].device)
 
     def settle(self) -> None:
