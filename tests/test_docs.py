@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -63,8 +64,16 @@ def _run_block(block: Block, page: str, folder: Path) -> None:
             _run([str(SCRIPTS / words[0]), *words[1:]], folder, where)
 
 
+_LONG = ("finetuning.md",)  # several runs of training, of which tests/train/test_finetune.py has shorter ones
+
+
+def _page(page: Path) -> Any:
+    marks = [pytest.mark.slow] if page.name in _LONG else []
+    return pytest.param(page, id=str(page.relative_to(REPOSITORY)), marks=marks)
+
+
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+@pytest.mark.parametrize("page", [_page(page) for page in PAGES])
 def test_page(page: Path, tmp_path: Path) -> None:
     for block in blocks(page.read_text(encoding="utf-8")):
         _run_block(block, page.name, tmp_path)

@@ -82,7 +82,7 @@ def test_kill_at_any_moment_of_a_save_leaves_only_checkpoints_that_are_whole(tmp
             model = nn.Linear(300, 300)
             assert store.load(step, model) == {"step": step}
             assert (model.weight == step).all()
-        if kills == 2:  # most kills fall into a save; on a busy machine the delays are not what they say
+        if kills == 2:  # most fall into a save; on a busy machine the delays are not what they say
             break
     assert kills, "no kill fell into a save: the test did not test"
 

@@ -287,6 +287,7 @@ def test_a_killed_rank_is_named_and_the_job_resumes(tmp_path: Path) -> None:
     assert step >= 3
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_and_ended(tmp_path: Path) -> None:
     with job(tmp_path / "run", "--steps", "1000", "--pause", "0.02", "--timeout", "4") as running:
         running.wait_for(3)

@@ -27,6 +27,7 @@ def resumes(running: Job, steps: int, world: int = 2) -> None:
     assert (running.out / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_leaves(tmp_path: Path) -> None:
     with job(tmp_path / "run", *train(tmp_path / "run", *LONG)) as running:
         running.wait_for(4)
