@@ -81,7 +81,7 @@ def test_a_data_worker_that_dies_costs_no_step(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
     with job(tmp_path / "run", *train(tmp_path / "run", *LONG, "--save-every", "3", "--timeout-s", "5")) as running:
-        running.wait_for(4)
+        running.wait_for(7)  # the save of step 6 has begun: that of step 3 has ended
         os.kill(running.rank(1), signal.SIGSTOP)
         line = running.end(within_s=40).refusal(1)
     assert line.startswith("rank 1 has not answered for ") and "(stopped or hung) at step " in line
