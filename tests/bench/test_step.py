@@ -43,7 +43,7 @@ def test_the_gate_bites_and_what_did_not_run_is_a_row(tmp_path: Path, monkeypatc
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: next(answers))
     monkeypatch.setattr(step, "head", lambda *_: {})
     names = ("ours", "ours_eager", "transformers", "transformers_compiled", "torchtitan")
-    assert run_step_bench(StepBenchConfig(shape="tiny", lengths=(64,), contenders=names, out=tmp_path)) == 0
+    assert run_step_bench(StepBenchConfig(shape="tiny", lengths=(64,), contenders=names, out=tmp_path)) == 1
     rows = json.loads((tmp_path / "step.json").read_text())["rows"]
     assert [row["status"] for row in rows] == ["ok", "wrong", "wrong", "out of memory", "not installed"]
     assert "must be that of ours, 5.0, got 5.02" in rows[1]["why"] and "tokens_per_s" not in rows[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from longspan.mixers.config import AttentionConfig
 from longspan.model import load_pretrained, save_pretrained
-from longspan.model.config import DecoderConfig, LearnedPositionsConfig, MlpConfig, NormConfig
+from longspan.model.config import DecoderConfig, LearnedPositionsConfig, MlpConfig, MoeConfig, NormConfig
 from longspan.model.decoder import DecoderLM, build
 from longspan.model.hf_adapter import CONFIG, TENSORS, load_adapter, save_adapter
 from longspan.model.lora import TARGETS, LoraConfig, adapted_layers, apply_lora, init_lora, is_adapter, merge_lora
@@ -44,6 +45,16 @@ def model_with(config: LoraConfig, seed: int = 3, *, trained: bool = True) -> De
         for layer in adapted_layers(model).values():
             torch.nn.init.normal_(layer.lora_b, std=0.3, generator=generator)
     return model
+
+
+def test_a_mixture_has_adapters_on_its_attention_alone() -> None:
+    moe = MoeConfig(num_experts=4, experts_per_token=2, inner_size=8)
+    model = build(replace(DECODER, moe=moe), device="cpu", seed=0)
+    with pytest.raises(ValueError, match="layer 0 has no gate"):
+        apply_lora(model, LoraConfig(rank=2))
+    assert not adapted_layers(model), "refused before anything was changed"
+    apply_lora(model, LoraConfig(rank=2, targets=("q", "k", "v", "out")))
+    assert len(adapted_layers(model)) == 4 * DECODER.num_layers
 
 
 def off(ours: Tensor, theirs: Tensor) -> float:

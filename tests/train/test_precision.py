@@ -59,13 +59,13 @@ def test_one_rank_in_bf16_is_near_fp32_and_two_ranks_agree() -> None:
             assert got[name][1].dtype == torch.float32
 
 
-def compiled(rank: int, world: int) -> list[float]:
+def compiled(rank: int, world: int, plan: Plan) -> list[float]:
     from longspan.train.config import TrainConfig
     from longspan.train.loop import Trainer
 
     found = []
     for compile_blocks in (False, True):
-        plan = Plan(context=1, compile=compile_blocks).fit(world)
+        plan = replace(plan, compile=compile_blocks).fit(world)
         trainer = Trainer(TrainConfig(out=Path("unused"), seed=3), CONFIG, plan, torch.device("cpu"))
         found += [trainer.step(step, 2, micros(plan, rank, 1, False))["loss"] for step in range(2)]
     return found
@@ -74,6 +74,8 @@ def compiled(rank: int, world: int) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # inductor's own, of torch.jit
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at it
-def test_compiled_blocks_are_the_same_blocks() -> None:
-    losses = run_ranks(compiled, 1, timeout_s=300)[0]
-    assert losses[2:] == pytest.approx(losses[:2], rel=1e-5)
+@pytest.mark.parametrize("world", [1, 2])
+def test_compiled_blocks_are_the_same_blocks(world: int) -> None:
+    plan = Plan() if world == 1 else Plan(context=2, shard="zero3")
+    for losses in run_ranks(compiled, world, plan, timeout_s=300):
+        assert losses[2:] == pytest.approx(losses[:2], rel=1e-5)

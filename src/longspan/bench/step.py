@@ -183,7 +183,8 @@ def _wait(device: torch.device) -> None:
 
 
 def run_step_bench(config: StepBenchConfig) -> int:
-    """All cells, each in a process of its own; writes ``step.json`` and ``step.md``. Returns the exit code."""
+    """All cells, each in a process of its own; writes ``step.json`` and ``step.md``. Returns the exit code: 1 where a
+    row failed, or failed the gate."""
     make_folder(config.out)
     decoder, rows = shape_config(config.shape), list[Row]()
     with tempfile.TemporaryDirectory() as folder:
@@ -202,7 +203,7 @@ def run_step_bench(config: StepBenchConfig) -> int:
     (config.out / "step.json").write_text(json.dumps(record, indent=2) + "\n")
     (config.out / "step.md").write_text(table(record))
     print(f"results {config.out / 'step.json'} and {config.out / 'step.md'}")
-    return 0
+    return int(any(row["status"] in ("wrong", "failed") for row in rows))
 
 
 def _row(cell: Cell, earlier: Sequence[Row], config: DecoderConfig) -> Row:

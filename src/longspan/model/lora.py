@@ -10,6 +10,7 @@ frozen matrix needs no gradient and no optimiser state, 12 bytes a value less in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,17 +104,20 @@ def apply_lora(model: DecoderLM, config: LoraConfig) -> None:
     require(config.rank > 0, "adapters need a lora rank of at least 1", config.rank, "8 is usual")
     require(not adapted_layers(model), "a model takes adapters once", "adapters on it already", "merge them first")
     require(not is_sharded(model), "adapters come before sharding", "DTensor parameters", "apply, then shard")
+    found: list[tuple[nn.Module, str, Any]] = []
     for layer, block in enumerate(model.blocks):
         for target in config.targets:
             parent, _, leaf = TARGETS[target].rpartition(".")
-            base = getattr(block.get_submodule(parent), leaf)
+            holder = block.get_submodule(parent)
+            found.append((holder, leaf, getattr(holder, leaf, None)))
             require(
-                isinstance(base, nn.Linear),
+                isinstance(found[-1][2], nn.Linear),
                 f"lora targets must be layers of the model, but layer {layer} has no {target}",
                 config.targets,
                 f"leave {target} out",
             )
-            setattr(block.get_submodule(parent), leaf, LoraLinear(base, config))
+    for holder, leaf, base in found:
+        setattr(holder, leaf, LoraLinear(base, config))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name))
 
