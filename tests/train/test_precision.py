@@ -26,7 +26,7 @@ class Tied(nn.Module):
 def test_copies_take_the_places_and_give_them_back() -> None:
     model = Tied()
     masters = dict(model.named_parameters())
-    weights = MasterWeights(model, torch.bfloat16)
+    weights = MasterWeights(model, torch.bfloat16, keep_frozen=True)
     seen = []
     for step in range(2):
         weights.work()

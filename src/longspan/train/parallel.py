@@ -22,6 +22,7 @@ from longspan.model.config import DecoderConfig
 from longspan.model.decoder import DecoderLM
 from longspan.model.encoder_config import EncoderConfig
 from longspan.model.layer_stream import LayerStream, stream_layers
+from longspan.model.lora import adapted_layers
 from longspan.model.moe import Experts, Moe
 from longspan.model.offload import ActivationOffload
 from longspan.model.part import Layers
@@ -96,7 +97,8 @@ def master_weights(model: DecoderLM, plan: Plan, mesh: Mesh) -> MasterWeights | 
     all is in fp32."""
     if not alone(mesh) or plan.streams_layers or plan.precision != "bf16":
         return None
-    return MasterWeights(model, torch.bfloat16)
+    # Of a model with adapters these alone are saved; the weights beside them stay in the checkpoint they came from.
+    return MasterWeights(model, torch.bfloat16, keep_frozen=not adapted_layers(model))
 
 
 def parallelise(root: nn.Module, plan: Plan, mesh: Mesh) -> None:
