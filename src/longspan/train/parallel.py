@@ -28,7 +28,7 @@ from longspan.model.offload import ActivationOffload
 from longspan.model.part import Layers
 from longspan.model.parts import Mlp
 from longspan.model.recompute import apply_recompute
-from longspan.plan.plan import Plan
+from longspan.plan.plan import V_SHAPED, Plan
 from longspan.train.precision import MasterWeights
 
 
@@ -80,7 +80,7 @@ def check_plan(plan: Plan, config: DecoderConfig | EncoderConfig, partly_trained
         raise ValueError(
             f"a pipeline needs a layer for every stage, got {config.num_layers} layers for {stages} stages; use fewer"
         )
-    if config.tie_embeddings and plan.pipeline > 1 and plan.pipeline_schedule in ("zbv", "dualpipev"):
+    if config.tie_embeddings and plan.pipeline > 1 and plan.pipeline_schedule in V_SHAPED:
         raise ValueError(
             f"{plan.pipeline_schedule} has first and last stage on one rank, which would hold a tied embedding twice; "
             "use zero_bubble or 1f1b, or untie them"
