@@ -56,6 +56,10 @@ def test_a_plan_that_does_not_fit_the_world(values: dict, world: int, words: str
         ),
         (json.dumps({"offload": "layers", "offload_gib": 3}), "offload_gib is for activations, got 3"),
         (json.dumps({"compile": True, "tensor": 2}), "compiled whole and where they lie, got compile with tensor 2"),
+        (
+            json.dumps({"compile": True, "pipeline": 2, "pipeline_schedule": "zero_bubble"}),
+            "by zero_bubble takes in two parts, got compile with pipeline 2; use 1f1b",
+        ),
         (json.dumps({"compile": True, "recompute": "full"}), "got compile with recompute full"),
         (json.dumps({"replicas": 2}), "copies of sharded weights, got 2 with shard none"),
         (json.dumps({"data": 3, "replicas": 2, "shard": "zero2"}), "replicas must divide data, got 2 for data 3"),

@@ -20,6 +20,7 @@ Shard = Literal["none", "zero2", "zero3"]
 Precision = Literal["auto", "fp32", "bf16"]
 PipelineSchedule = Literal["gpipe", "1f1b", "interleaved", "looped_bfs", "zero_bubble", "zbv", "dualpipev"]
 V_SHAPED = ("zbv", "dualpipev")  # first and last stage are on one rank
+SPLIT_BACKWARD = ("zero_bubble", *V_SHAPED)  # gradients of weights come after those of inputs, in idle time
 SEVERAL_STAGES = ("interleaved", "looped_bfs", "zero_bubble", *V_SHAPED)
 Offload = Literal["none", "activations", "layers", "both"]
 
@@ -121,6 +122,11 @@ class Plan:
             raise ValueError(
                 f"blocks are compiled whole and where they lie, got compile with tensor {self.tensor}, expert "
                 f"{self.expert} and offload {self.offload!r}; leave compile or these out"
+            )
+        if self.compile and self.pipeline > 1 and self.pipeline_schedule in SPLIT_BACKWARD:
+            raise ValueError(
+                f"compiled blocks have one backward, which a pipeline by {self.pipeline_schedule} takes in two parts, "
+                f"got compile with pipeline {self.pipeline}; use 1f1b or interleaved, or leave compile out"
             )
         if self.compile and self.recompute != "none":
             raise ValueError(
