@@ -21,7 +21,7 @@ def steps_of_both(device: str, num_micros: int) -> tuple[Net, Net, list[torch.Te
     torch.manual_seed(0)
     ours, theirs = Net().to(device), Net().to(device)
     theirs.load_state_dict(ours.state_dict())
-    masters = MasterWeights(ours, torch.bfloat16)
+    masters = MasterWeights(ours, torch.bfloat16, keep_frozen=False)
     groups = [
         [{"params": [net.layer.weight], "weight_decay": 0.1}, {"params": [net.layer.bias], "weight_decay": 0.0}]
         for net in (ours, theirs)
@@ -65,12 +65,12 @@ def test_a_step_is_that_of_torch(num_micros: int) -> None:
     for p, q, copy in zip(ours.layer.parameters(), theirs.layer.parameters(), copies, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
         assert torch.equal(copy, p.bfloat16())
-    assert ours.frozen.weight.dtype == torch.bfloat16, "what is not trained needs no fp32"
+    assert ours.frozen.weight.dtype == torch.bfloat16, "nobody saves what is not trained"
 
 
 def test_copies_follow_masters_that_somebody_else_changed() -> None:
     net = Net()
-    masters = MasterWeights(net, torch.bfloat16)
+    masters = MasterWeights(net, torch.bfloat16, keep_frozen=False)
     masters.work()
     masters.settle()
     with torch.no_grad():

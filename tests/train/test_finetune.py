@@ -255,3 +255,20 @@ def test_what_a_run_refuses(given: Path, tmp_path: Path, options: str, says: str
 
 def test_adapters_need_a_checkpoint(tmp_path: Path) -> None:
     assert "without --init" in forked("train", "--out", str(tmp_path / "run"), "--lora.rank", "2").refusal()
+
+
+def test_frozen_layers_in_bf16_on_one_rank_stay_and_go_on_elsewhere(given: Path, tmp_path: Path) -> None:
+    """The computation rounds them, and nothing that is saved, exported or resumed under another plan."""
+    out, options = tmp_path / "run", ("--freeze", "embed,norm", "blocks.0", "--plan.precision", "bf16")
+    forked(*arguments(given, out, *options)).good()
+    forked("export", str(out), "--out", str(tmp_path / "exported")).good()
+    before = dict(load_pretrained(given / "model").named_parameters())
+    for folder in (out / "model", tmp_path / "exported"):
+        stored = load_file(folder / "model.safetensors")
+        assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+        after = dict(load_pretrained(folder).named_parameters())
+        stay = {name for name in before if torch.equal(before[name], after[name])}
+        assert stay == {name for name in before if not name.startswith("blocks.1")}
+    again = stop_at_4(out, tmp_path / "again")
+    forked(*arguments(given, again, *options, "--plan.shard", "zero3", "--resume", "latest"), world=2).good()
+    assert abs(losses(again)[8] - losses(out)[8]) < 0.02

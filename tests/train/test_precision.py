@@ -26,7 +26,7 @@ class Tied(nn.Module):
 def test_copies_take_the_places_and_give_them_back() -> None:
     model = Tied()
     masters = dict(model.named_parameters())
-    weights = MasterWeights(model, torch.bfloat16)
+    weights = MasterWeights(model, torch.bfloat16, keep_frozen=True)
     seen = []
     for step in range(2):
         weights.work()
@@ -57,6 +57,35 @@ def test_one_rank_in_bf16_is_near_fp32_and_two_ranks_agree() -> None:
         for name, expected in grads.items():
             assert (got[name][1] - expected).norm() <= 3e-2 * expected.norm(), name
             assert got[name][1].dtype == torch.float32
+
+
+def diverging(rank: int, world: int) -> None:
+    from longspan.train.config import TrainConfig
+    from longspan.train.loop import NotFiniteError, Trainer
+
+    plan = Plan(context=1, precision="bf16").fit(world)
+    stopped, fresh = (
+        Trainer(TrainConfig(out=Path("unused"), seed=3), CONFIG, plan, torch.device("cpu")) for _ in range(2)
+    )
+    for num_micro in (1, 2):
+        batches = micros(plan, rank, num_micro, False)
+        before = {name: p.detach().clone() for name, p in stopped.model.named_parameters()}
+        gain = dict(stopped.model.named_parameters())["norm.weight"]
+        with torch.no_grad():
+            gain.fill_(float("inf"))
+        with pytest.raises(NotFiniteError, match="stopped before the optimiser step; the largest gradient is in"):
+            stopped.step(num_micro, 9, batches)
+        with torch.no_grad():
+            gain.copy_(before["norm.weight"])
+        for name, p in stopped.model.named_parameters():
+            assert torch.equal(p, before[name]) and p.grad is not None and p.grad.dtype == torch.float32
+        assert stopped.step(num_micro, 9, batches) == fresh.step(num_micro, 9, batches)
+    for p, q in zip(stopped.model.parameters(), fresh.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_step_that_diverges_leaves_masters_and_their_gradients() -> None:
+    run_ranks(diverging, 1)
 
 
 def compiled(rank: int, world: int, plan: Plan) -> list[float]:

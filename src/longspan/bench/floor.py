@@ -130,7 +130,7 @@ def measure_floor(config: DecoderConfig, length: int, device: torch.device, dtyp
     attention, width, inner = config.attention, config.hidden_size, config.mlp.inner_size
     channels, kv_channels = attention.num_heads * attention.head_dim, attention.kv_heads * attention.head_dim
     layer = [(width, channels), (width, kv_channels), (width, kv_channels), (channels, width)]
-    layer += [(width, inner)] * (2 if config.mlp.kind == "swiglu" else 1) + [(inner, width)]
+    layer += [(width, inner)] * (2 if config.mlp.gated else 1) + [(inner, width)]
     linears = config.num_layers * _linears_s(layer, length, device, dtype)
     gc.collect()
     for rows in {min(_ROWS, length), length % _ROWS if length > _ROWS else 0} - {0}:

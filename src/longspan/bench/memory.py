@@ -36,7 +36,8 @@ from longspan.model.config import DecoderConfig
 from longspan.model.decoder import DecoderLM, build
 from longspan.model.layer_stream import LayerStream
 from longspan.model.lora import LoraConfig, apply_lora
-from longspan.plan.plan import Offload, Plan, Recompute
+from longspan.model.recompute import Recompute
+from longspan.plan.plan import Offload, Plan
 from longspan.train.config import ModelConfig
 from longspan.train.parallel import apply_saving, stream
 from longspan.train.setting import make_folder
@@ -60,10 +61,9 @@ class Technique:
     loss_chunk: int | None = None
     offload: Offload = "none"
 
-    def plan(self, precision: Any) -> Plan:
-        return Plan(
-            context=1, recompute=self.recompute, mlp_tile=self.mlp_tile, offload=self.offload, precision=precision
-        )
+    def plan(self) -> Plan:
+        """Of one rank; in fp32, for the model is in the dtype of the device already: nothing is cast."""
+        return Plan(context=1, recompute=self.recompute, mlp_tile=self.mlp_tile, offload=self.offload, precision="fp32")
 
 
 TECHNIQUES = (
@@ -164,7 +164,7 @@ class Cell:
 def _apply(
     model: DecoderLM, technique: Technique, device: torch.device, *, offload_gib: int = 0, min_bytes: int = 2**20
 ) -> LayerStream | None:
-    plan = technique.plan("fp32")  # the model is in the dtype of the device already: nothing is cast
+    plan = technique.plan()
     plan = replace(plan, offload_gib=offload_gib if plan.moves_activations else 0)
     apply_saving(model, plan, min_bytes=min_bytes)
     return stream(model, plan, device)
@@ -227,7 +227,7 @@ def gate(cell: Cell, device: torch.device, dtype: torch.dtype) -> float:
     ctx, tokens = _context(_GATE_TOKENS, device, small.window), _tokens(small, _GATE_TOKENS, device)
     plain.to(device)
     want = _step(plain, None, tokens, ctx, 0)
-    if technique.offload not in ("layers", "both"):
+    if not technique.plan().streams_layers:
         other.to(device)
     got = _step(other, _apply(other, technique, device, min_bytes=0), tokens, ctx, technique.loss_chunk)
     worst = abs(got - want) / abs(want)
@@ -252,8 +252,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     gc.collect()
     before = resident_bytes(device)
     reset_peak_memory(device)
-    streams = cell.technique.offload in ("layers", "both")
-    model = _model(cell, torch.device("cpu") if streams else device, dtype)
+    model = _model(cell, torch.device("cpu") if cell.technique.plan().streams_layers else device, dtype)
     streamed = _apply(model, cell.technique, device, offload_gib=cell.offload_gib)
     ctx, tokens = _context(cell.length, device, cell.window), _tokens(cell, cell.length, device)
     times = []

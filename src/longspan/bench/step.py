@@ -77,7 +77,7 @@ class StepBenchConfig:
         if min(self.lengths, default=0) < 8 or self.steps < 1 or not self.contenders:
             raise ValueError(
                 f"lengths must be 8 tokens or more, and there must be steps and contenders, got {self.lengths}, "
-                f"{self.steps} and {self.contenders}"
+                f"{self.steps} and {self.contenders}; change the one that is not so"
             )
 
 

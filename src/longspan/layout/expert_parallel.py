@@ -21,20 +21,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from longspan.layout.tensor_parallel import all_gather_single
-from longspan.layout.weights import share
+from longspan.layout.weights import Split, share
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertSplit:
-    """One rank of an expert-parallel group; with one rank, all experts are here and nothing is sent."""
-
-    rank: int = 0
-    size: int = 1
-    group: dist.ProcessGroup | None = None
-
-    def share(self, num_experts: int) -> range:
-        """This rank's experts."""
-        return share(num_experts, self.size, self.rank)
+class ExpertSplit(Split):
+    """One rank of an expert-parallel group."""
 
     def apply(
         self,

@@ -26,20 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from longspan.layout.weights import Box, Heads, heads, share
+from longspan.layout.weights import Box, Heads, Split, heads
 
 
 @dataclass(frozen=True, slots=True)
-class TensorSplit:
-    """One rank of a tensor-parallel group; with one rank, nothing is split and nothing is sent."""
-
-    rank: int = 0
-    size: int = 1
-    group: dist.ProcessGroup | None = None
-
-    def share(self, total: int) -> range:
-        """This rank's run of ``total`` channels or words."""
-        return share(total, self.size, self.rank)
+class TensorSplit(Split):
+    """One rank of a tensor-parallel group."""
 
     def heads(self, num_heads: int, num_kv_heads: int) -> Heads:
         """This rank's attention heads."""

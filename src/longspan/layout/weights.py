@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch.distributed as dist
+
 
 class Box(NamedTuple):
     """Where a local tensor stands in a global one: the global shape, and the index of its first element."""
@@ -27,6 +29,19 @@ def share(total: int, parts: int, part: int) -> range:
     base, extra = divmod(total, parts)
     start = part * base + min(part, extra)
     return range(start, start + base + (part < extra))
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """One rank of a group that shares weights; with one rank, all of them are here and nothing is sent."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def share(self, total: int) -> range:
+        """This rank's run of ``total`` things: channels, words, experts."""
+        return share(total, self.size, self.rank)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from longspan.model.offload import Lane, Pinned
 
-_ALIGN = 256
+_ALIGN = 256  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ class Parcel:
             own = parameter.dtype
             there = dtype if dtype is not None and parameter.is_floating_point() else own
             self.places.append(_Place(parameter, parameter.shape, self.host_bytes, own, self.device_bytes, there))
-            self.host_bytes += _aligned(parameter.numel() * own.itemsize)
-            self.device_bytes += _aligned(parameter.numel() * there.itemsize)
+            self.host_bytes += aligned(parameter.numel() * own.itemsize)
+            self.device_bytes += aligned(parameter.numel() * there.itemsize)
         self.casts = any(place.host_dtype != place.device_dtype for place in self.places)
         self.host = Pinned(self.host_bytes, device)
         self._grads: dict[nn.Parameter, Tensor | None] = {}
@@ -97,7 +97,8 @@ class Parcel:
         self._grads[parameter] = grad
 
 
-def _aligned(num_bytes: int) -> int:
+def aligned(num_bytes: int) -> int:
+    """The bytes up to where the next tensor of a buffer begins."""
     return -(-num_bytes // _ALIGN) * _ALIGN
 
 

@@ -17,6 +17,8 @@ from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils.checkpoint import CheckpointPolicy
 
+_MOST_GRAPHS = 64
+
 
 def compile_blocks(blocks: Iterable[nn.Module], activation_budget: float = 1.0) -> None:
     """Compiles modules in place, for every shape anew; settings of the compiler are set for the whole process.
@@ -29,6 +31,8 @@ def compile_blocks(blocks: Iterable[nn.Module], activation_budget: float = 1.0) 
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
     # What attention keeps for its backward has a size that the mask decides.
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    # One graph for every shape, kind of block and handle of attention. At its limit of 8 torch goes on uncompiled.
+    torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     functorch_config.activation_memory_budget = activation_budget
     inductor_config.joint_custom_post_pass = KeepAttention()
     for block in blocks:

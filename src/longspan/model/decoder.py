@@ -18,7 +18,7 @@ from longspan.mixers.rotary import Rotary
 from longspan.mixers.softmax import Attention
 from longspan.model.config import DecoderConfig
 from longspan.model.local import LocalContext
-from longspan.model.loss import Words, chunked_cross_entropy, default_chunk
+from longspan.model.loss import Words, chunked_cross_entropy, default_chunk, readable
 from longspan.model.moe import Experts, Moe, Routing, balance_loss, reset_balance
 from longspan.model.part import ALL, Layers, ModelPart
 from longspan.model.parts import Block, Mlp, make_norm
@@ -46,8 +46,7 @@ class DecoderLM(nn.Module):
     """Embedding, `blocks`, last norm and head.
 
     Every entry takes a `Context`; None stands for one process that holds whole rows, causal. Under FSDP2 only `forward`
-    runs the hooks that
-    gather weights: a caller of `hidden` or `loss` registers them with
+    runs the hooks that gather weights: a caller of `hidden`, `loss` or `losses` registers them with
     `torch.distributed.fsdp.register_fsdp_forward_method`.
     """
 
@@ -281,7 +280,7 @@ class DecoderLM(nn.Module):
                 f"input_ids must be integers of shape (b, l), got {input_ids.dtype} of {tuple(input_ids.shape)}: "
                 "add a batch dim"
             )
-        if _readable(input_ids) and input_ids.numel():
+        if readable(input_ids) and input_ids.numel():
             low, high = (int(x) for x in input_ids.aminmax())
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(
@@ -291,7 +290,7 @@ class DecoderLM(nn.Module):
 
     def _check_positions(self, positions: Tensor) -> None:
         limit = self.config.positions.max_positions
-        if _readable(positions) and positions.numel() and int(positions.max()) >= limit:
+        if readable(positions) and positions.numel() and int(positions.max()) >= limit:
             raise ValueError(
                 f"learned positions end at {limit - 1}, got {int(positions.max())}: cut the sequence to {limit} tokens"
             )
@@ -302,11 +301,6 @@ def _rounded(value: float, dtype: torch.dtype) -> float:
     fraction, exponent = math.frexp(value)
     digits = 1 - round(math.log2(torch.finfo(dtype).eps))
     return math.ldexp(round(math.ldexp(fraction, digits)), exponent - digits)
-
-
-def _readable(x: Tensor) -> bool:
-    # A GPU would have to wait for its values, and a traced or fake tensor has none.
-    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 def build(

@@ -21,7 +21,7 @@ from longspan.model.config import MlpKind
 from longspan.model.decoder import init_weights
 from longspan.model.encoder_config import EncoderConfig, PatchesConfig, TokensConfig
 from longspan.model.local import LocalContext
-from longspan.model.loss import IGNORED, chunked_cross_entropy, default_chunk
+from longspan.model.loss import IGNORED, chunked_cross_entropy, default_chunk, readable
 from longspan.model.part import Layers
 from longspan.model.parts import Block, activation, make_norm
 
@@ -243,8 +243,7 @@ def _first(hidden: Tensor, ctx: Context) -> Tensor:
 
 
 def _check_range(what: str, values: Tensor, limit: int) -> None:
-    # A GPU would have to wait for its values, and a traced or fake tensor has none.
-    if values.device.type == "cpu" and type(values) is Tensor and not torch.compiler.is_compiling() and values.numel():
+    if readable(values) and values.numel():
         low, high = (int(x) for x in values.aminmax())
         if low < 0 or high >= limit:
             raise ValueError(f"{what} must lie in 0..{limit - 1}, got {low if low < 0 else high}: cut or map them")

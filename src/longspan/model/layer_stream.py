@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from longspan.model.block_stream import BlockStream, Parcel, check_parameters, move_buffers
+from longspan.model.block_stream import BlockStream, Parcel, aligned, check_parameters, move_buffers
 from longspan.model.offload import Pinned
 
 
@@ -221,10 +222,10 @@ class LayerStream:
         if parameter not in self._host_grads:
             wanted = [place for place in parcel.places if place.parameter.requires_grad]
             sizes = [place.shape.numel() * place.host_dtype.itemsize for place in wanted]
-            starts = [sum(-(-size // 256) * 256 for size in sizes[:i]) for i in range(len(sizes) + 1)]
-            pin = Pinned(starts[-1], self.device)
+            *starts, num_bytes = accumulate(map(aligned, sizes), initial=0)
+            pin = Pinned(num_bytes, self.device)
             self._pins.append(pin)
-            for place, start, size in zip(wanted, starts, sizes, strict=False):
+            for place, start, size in zip(wanted, starts, sizes, strict=True):
                 flat = pin.bytes[start : start + size].view(place.host_dtype)
                 self._host_grads[place.parameter] = flat.view(place.shape)
         return self._host_grads[parameter]

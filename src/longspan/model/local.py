@@ -17,9 +17,8 @@ class LocalContext:
     no padding: pack rows of unequal lengths there as `masks.documents(lengths, causal=False)`.
 
     Without window and softcap, torch picks its fused kernel. A window shorter than the row needs an explicit mask of
-    num_tokens² booleans,
-    and a softcap the plain formula with num_tokens² scores a head: `longspan.context.SequenceContext` does both in
-    blocks.
+    num_tokens² booleans, and a softcap the plain formula with num_tokens² scores a head:
+    `longspan.context.SequenceContext` does both in blocks.
     """
 
     def __init__(

@@ -27,6 +27,11 @@ from torch import Tensor
 IGNORED = -100
 
 
+def readable(x: Tensor) -> bool:
+    """Whether a check may look at values: for a GPU's it would have to wait, and a traced or fake tensor has none."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
 def default_chunk(hidden_size: int) -> int:
     """Tokens whose logits exist at one time: such that these take no more than the head's gradient, which every chunk
     reads and writes once."""
@@ -230,8 +235,7 @@ def _check(
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}; 1024 is the default")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}; use None for no cap")
-    # A GPU would have to wait for this, and a traced or fake tensor has no values.
-    if labels.device.type == "cpu" and type(labels) is Tensor and not torch.compiler.is_compiling():
+    if readable(labels):
         wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= vocab_size))]
         if wrong.numel():
             raise ValueError(

@@ -14,12 +14,14 @@ from typing import Any, Literal, get_args
 
 from longspan.context.choose import check_layout_name
 from longspan.context.methods import builder, check_name
+from longspan.model.recompute import Recompute
 
 Shard = Literal["none", "zero2", "zero3"]
-Recompute = Literal["none", "full", "attention"]
 Precision = Literal["auto", "fp32", "bf16"]
 PipelineSchedule = Literal["gpipe", "1f1b", "interleaved", "looped_bfs", "zero_bubble", "zbv", "dualpipev"]
-SEVERAL_STAGES = ("interleaved", "looped_bfs", "zero_bubble", "zbv", "dualpipev")
+V_SHAPED = ("zbv", "dualpipev")  # first and last stage are on one rank
+SPLIT_BACKWARD = ("zero_bubble", *V_SHAPED)  # gradients of weights come after those of inputs, in idle time
+SEVERAL_STAGES = ("interleaved", "looped_bfs", "zero_bubble", *V_SHAPED)
 Offload = Literal["none", "activations", "layers", "both"]
 
 
@@ -93,7 +95,7 @@ class Plan:
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(
-                    f"a plan's {name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}"
+                    f"a plan's {name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}; pick one"
                 )
         self._check_sharding()
         self._check_stages()
@@ -121,6 +123,11 @@ class Plan:
                 f"blocks are compiled whole and where they lie, got compile with tensor {self.tensor}, expert "
                 f"{self.expert} and offload {self.offload!r}; leave compile or these out"
             )
+        if self.compile and self.pipeline > 1 and self.pipeline_schedule in SPLIT_BACKWARD:
+            raise ValueError(
+                f"compiled blocks have one backward, which a pipeline by {self.pipeline_schedule} takes in two parts, "
+                f"got compile with pipeline {self.pipeline}; use 1f1b or interleaved, or leave compile out"
+            )
         if self.compile and self.recompute != "none":
             raise ValueError(
                 f"compiled blocks are recomputed by activation_budget, got compile with recompute {self.recompute}; "
@@ -132,7 +139,7 @@ class Plan:
                 f"{self.compile}; take a number above 0 and up to 1, and set compile"
             )
 
-    def _check_offload(self) -> None:
+    def _check_offload(self, world: int = 1) -> None:
         if self.moves_activations and self.recompute == "none":
             raise ValueError(
                 f"a plan that offloads activations keeps few of them, got offload {self.offload!r} with recompute "
@@ -143,10 +150,10 @@ class Plan:
                 f"activations are offloaded of one micro-batch at a time, got offload {self.offload!r} with pipeline "
                 f"{self.pipeline}; leave one of the two out"
             )
-        if self.streams_layers and self.shard != "none":
+        if self.streams_layers and (self.shard != "none" or world > 1):
             raise ValueError(
                 f"a plan that offloads layers runs on one rank, got offload {self.offload!r} with shard "
-                f"{self.shard!r}; set shard to none"
+                f"{self.shard!r} for {world} ranks; set shard to none and start 1 rank, or set offload to activations"
             )
         if self.offload_gib and not self.moves_activations:
             raise ValueError(
@@ -156,16 +163,15 @@ class Plan:
 
     def _check_stages(self) -> None:
         schedule, several = self.pipeline_schedule, self.pipeline_schedule in SEVERAL_STAGES
-        if self.pipeline == 1:
-            if self.stages > 1:
-                raise ValueError(f"stages are of a pipeline, got {self.stages} with pipeline 1; leave stages out")
-        elif self.stages and (self.stages > 1) != several:
+        if self.pipeline == 1 and self.stages > 1:
+            raise ValueError(f"stages are of a pipeline, got {self.stages} with pipeline 1; leave stages out")
+        fits = self.stages == 2 if schedule in V_SHAPED else (self.stages > 1) == several
+        if self.pipeline > 1 and self.stages and not fits:
+            number = "2 stages" if schedule in V_SHAPED else "several stages" if several else "one stage"
             raise ValueError(
-                f"a pipeline by {schedule} has {'several stages' if several else 'one stage'} on a rank, got "
-                f"{self.stages}; leave stages out for the usual number"
+                f"a pipeline by {schedule} has {number} on a rank, got {self.stages}; leave stages out for the usual "
+                "number"
             )
-        elif schedule in ("zbv", "dualpipev") and self.stages not in (0, 2):
-            raise ValueError(f"a pipeline by {schedule} has 2 stages on a rank, got {self.stages}; leave stages out")
 
     def axes(self) -> dict[str, int]:
         """Sizes of the axes in use, data and context always among them."""
@@ -196,11 +202,7 @@ class Plan:
             )
         if self.method != "auto":
             builder(self.method, context)  # refuses a degree that does not divide the ranks
-        if self.streams_layers and world > 1:
-            raise ValueError(
-                f"a plan that offloads layers runs on one rank, got offload {self.offload!r} for {world} ranks; set "
-                "offload to activations, or start 1 rank"
-            )
+        self._check_offload(world)
         return dataclasses.replace(self, context=context)
 
     @property
@@ -236,9 +238,11 @@ class Plan:
                     f"unknown key {key!r} in a plan"
                     + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
                 )
-            if type(value) is not type(known[key].default):
-                kind = type(known[key].default).__name__
-                raise ValueError(f"a plan's {key} must be {kind}, got {value!r} ({type(value).__name__})")
+            kind = type(known[key].default)
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ValueError(
+                    f"a plan's {key} must be {kind.__name__}, got {value!r} ({type(value).__name__}); change it"
+                )
         return Plan(**values)
 
     @staticmethod

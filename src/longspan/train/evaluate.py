@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from longspan.attention import masks
 from longspan.context.sequence import SequenceContext
 from longspan.layout.mesh import Mesh
+from longspan.mixers.config import AttentionConfig
 from longspan.model.decoder import DecoderLM
 from longspan.train.data.batches import NO_LABEL
 from longspan.train.data.evaluation import HeldOutWindows
@@ -38,6 +39,12 @@ def make_context(
     return ctx, prepared
 
 
+def make_handles(ctx: SequenceContext, prepare: Prepare, config: AttentionConfig) -> None:
+    """Makes what attention layers of all kinds are called by: compiled code cannot. Collective where they are new."""
+    for kind in prepare.kinds:
+        ctx.handle(*kind, config.scale, config.softcap)
+
+
 def reduce_sums(values: list[float]) -> list[float]:
     """Sums over all ranks, in float64."""
     if dist.get_world_size() == 1:
@@ -55,11 +62,20 @@ def total_nats(
     mesh: Mesh,
     device: torch.device,
     pipeline: Pipeline | None = None,
+    contexts: dict[int, SequenceContext] | None = None,
 ) -> tuple[float, int]:
-    """(sum of losses in nats, number of labels) of held-out windows, over all ranks. Collective."""
+    """(sum of losses in nats, number of labels) of held-out windows, over all ranks. Collective.
+
+    Args:
+        contexts: filled by length, for the next call: with others, blocks would be compiled anew.
+    """
     num_windows, context = windows.tokens.shape
     at_once = max(1, _TOKENS_AT_ONCE // context)
-    ctx, _ = make_context(context, prepare, mesh, device, rows=at_once)
+    contexts = {} if contexts is None else contexts
+    if context not in contexts:
+        contexts[context], _ = make_context(context, prepare, mesh, device, rows=at_once)
+    ctx = contexts[context]
+    make_handles(ctx, prepare, model.config.attention)
     nats, labels = 0.0, 0
     step = at_once * mesh.rows_size
     for first in range(0, num_windows, step):

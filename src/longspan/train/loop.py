@@ -38,7 +38,7 @@ from longspan.plan.plan import Plan
 from longspan.train.config import OptimConfig, TrainConfig
 from longspan.train.data.batches import Batch
 from longspan.train.data.evaluation import HeldOutWindows
-from longspan.train.evaluate import make_context, reduce_sums, total_nats
+from longspan.train.evaluate import make_context, make_handles, reduce_sums, total_nats
 from longspan.train.parallel import check_plan, expert_split, master_weights, parallelise, stream, tensor_split
 from longspan.train.pipeline import Micro, Pipeline, Stage, ranks_of_stages, stage_layers
 from longspan.train.prepare import Prepared, make_prepare
@@ -128,6 +128,7 @@ class Trainer:
         self.prepare = make_prepare(decoder, plan, self.mesh, device)
         self._contexts: dict[tuple[int, int], SequenceContext] = {}
         self._packed: dict[int, SequenceContext] = {}
+        self._score_contexts: dict[int, SequenceContext] = {}
         self._last_context: SequenceContext | None = None
         self._chosen: set[tuple[str, ...]] = set()
         self._notes: list[str] = []
@@ -176,10 +177,9 @@ class Trainer:
 
         The auxiliary loss is in the gradient, not in what is returned.
         """
-        backward = self._backward(micros)
+        nats, total = self._backward(micros)
         if self.masters is not None:
             self.masters.settle()
-        nats, total = backward
         return self._losses(nats.tolist(), total)["loss"]
 
     def _backward(self, micros: list[tuple[Batch, Prepared | None]]) -> tuple[Tensor, float]:
@@ -228,8 +228,7 @@ class Trainer:
 
     def _micro(self, batch: Batch, prepared: Prepared | None) -> Micro:
         self._last_context = ctx = self.context(batch, prepared)
-        for kind in self.prepare.kinds:
-            ctx.handle(*kind, self.model.config.attention.scale, self.model.config.attention.softcap)
+        make_handles(ctx, self.prepare, self.model.config.attention)
         return Micro(ctx.local(batch.tokens).to(self.device), ctx.local(batch.labels).to(self.device), ctx)
 
     def _sum_shared(self) -> None:
@@ -250,7 +249,9 @@ class Trainer:
         """(nats, labels) of held-out windows, over all ranks. Collective."""
         if self.masters is not None:
             self.masters.work()
-        found = total_nats(self.model, windows, self.prepare, self.mesh, self.device, self.pipeline)
+        found = total_nats(
+            self.model, windows, self.prepare, self.mesh, self.device, self.pipeline, self._score_contexts
+        )
         if self.masters is not None:
             self.masters.settle()
         return found

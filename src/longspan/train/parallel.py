@@ -22,12 +22,13 @@ from longspan.model.config import DecoderConfig
 from longspan.model.decoder import DecoderLM
 from longspan.model.encoder_config import EncoderConfig
 from longspan.model.layer_stream import LayerStream, stream_layers
+from longspan.model.lora import adapted_layers
 from longspan.model.moe import Experts, Moe
 from longspan.model.offload import ActivationOffload
 from longspan.model.part import Layers
 from longspan.model.parts import Mlp
 from longspan.model.recompute import apply_recompute
-from longspan.plan.plan import Plan
+from longspan.plan.plan import V_SHAPED, Plan
 from longspan.train.precision import MasterWeights
 
 
@@ -79,7 +80,7 @@ def check_plan(plan: Plan, config: DecoderConfig | EncoderConfig, partly_trained
         raise ValueError(
             f"a pipeline needs a layer for every stage, got {config.num_layers} layers for {stages} stages; use fewer"
         )
-    if config.tie_embeddings and plan.pipeline > 1 and plan.pipeline_schedule in ("zbv", "dualpipev"):
+    if config.tie_embeddings and plan.pipeline > 1 and plan.pipeline_schedule in V_SHAPED:
         raise ValueError(
             f"{plan.pipeline_schedule} has first and last stage on one rank, which would hold a tied embedding twice; "
             "use zero_bubble or 1f1b, or untie them"
@@ -96,7 +97,8 @@ def master_weights(model: DecoderLM, plan: Plan, mesh: Mesh) -> MasterWeights | 
     all is in fp32."""
     if not alone(mesh) or plan.streams_layers or plan.precision != "bf16":
         return None
-    return MasterWeights(model, torch.bfloat16)
+    # Of a model with adapters these alone are saved; the weights beside them stay in the checkpoint they came from.
+    return MasterWeights(model, torch.bfloat16, keep_frozen=not adapted_layers(model))
 
 
 def parallelise(root: nn.Module, plan: Plan, mesh: Mesh) -> None:

@@ -37,7 +37,7 @@ from longspan.layout.weights import share
 from longspan.mixers.contract import Context
 from longspan.model.decoder import DecoderLM
 from longspan.model.part import Layers
-from longspan.plan.plan import Plan
+from longspan.plan.plan import V_SHAPED, Plan
 from longspan.train.data.batches import BatchPlan
 from longspan.train.profiling import span
 
@@ -63,7 +63,7 @@ class Micro(NamedTuple):
 def ranks_of_stages(plan: Plan) -> list[int]:
     """The pipeline rank of every stage: round by round, or, for V-shaped schedules, there and back."""
     there = list(range(plan.pipeline))
-    if plan.pipeline_schedule in ("zbv", "dualpipev"):
+    if plan.pipeline_schedule in V_SHAPED:
         return there + there[::-1]
     return there * plan.stages_per_rank
 

@@ -4,9 +4,10 @@
 The model's parameters stay what they are, fp32, for checkpoints and export. While ``working``, the modules hold bf16
 copies in their places, which the gradients are of. ``update`` takes an optimiser step in one pass over both; ``settle``
 puts the masters back and adds the copies' gradients to theirs, in fp32, for several micro-batches or for whoever wants
-to look at them. What is not trained has no master: it becomes what the computation takes.
+to look at them.
 
-Bytes for n trained parameters, beside the optimiser's: 2·n for the copies.
+Bytes for n parameters, beside the optimiser's: 2·n for the copies. Frozen weights that nobody saves (those beside
+adapters) have no master: they become what the computation takes, 2 bytes each in place of 6.
 """
 
 from __future__ import annotations
@@ -19,18 +20,22 @@ from longspan.train.adamw import Hyper, adamw_
 
 
 class MasterWeights:
-    """Keeps working copies of a model's trained parameters in ``dtype``; shared parameters have one copy."""
+    """Keeps working copies of a model's parameters in ``dtype``; shared parameters have one copy.
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    Args:
+        keep_frozen: what is not trained keeps its own values for checkpoints and export; else it is cast for good.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, *, keep_frozen: bool) -> None:
         self._places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
         copies: dict[nn.Parameter, nn.Parameter] = {}
         for module in model.modules():
             for name, master in module.named_parameters(recurse=False, remove_duplicate=False):
-                if not master.requires_grad:
+                if not (master.requires_grad or keep_frozen):
                     master.data = master.data.to(dtype)
                     continue
                 if master not in copies:
-                    copies[master] = nn.Parameter(torch.empty_like(master, dtype=dtype))
+                    copies[master] = nn.Parameter(torch.empty_like(master, dtype=dtype), master.requires_grad)
                 self._places.append((module, name, master, copies[master]))
         self._copies = copies
         self._fresh: dict[nn.Parameter, int] = {}  # masters whose copies are theirs, by the version of their values

@@ -253,18 +253,16 @@ def _train(setting: Setting, joined: Joined, heart: Heartbeat) -> bool:
         tell(profile.finish())
         if saved != done:
             save()
-        landed = store.wait()
+        kept = f"checkpoint {step_name(done)} saved" if store.wait() else "the checkpoint could not be saved"
         if stop_reason == "interrupted":
             records.event(done, "interrupted")
             records.close()
-            kept = f"checkpoint {step_name(done)} saved" if landed else "the checkpoint could not be saved"
             progress.message(f"interrupted at step {done}; {kept}; go on with --resume latest")
             dist.barrier()  # a launcher ends the others when the first of them leaves: not before the line above
             return False
         if stop_reason == "no data":
             records.event(done, "a data worker died")
             records.close()
-            kept = f"checkpoint {step_name(done)} saved" if landed else "the checkpoint could not be saved"
             raise DataWorkerError(f"{_first_words(lost)} ({kept})")
     elapsed_s = time.perf_counter() - began
     outcome = Outcome(steps=done, tokens=position or 0, elapsed_s=elapsed_s, stop_reason=stop_reason)

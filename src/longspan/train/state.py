@@ -102,17 +102,20 @@ def model_state(model: nn.Module) -> dict[str, Any]:
 
 
 def set_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Inverse of `model_state`, of a flat state that may hold an optimiser's too."""
     given = {key.split("/", 1)[1]: value for key, value in state.items() if key.startswith("model/")}
     adapted = any(map(is_adapter, given))
     set_model_state_dict(model, given, options=StateDictOptions(strict=not adapted))
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """The tensors of every parameter's state; torch makes them where the optimiser has none yet."""
     state: Any = get_optimizer_state_dict(model, optimizer)["state"]
     return {f"optimizer/{name}/{key}": value for name, part in state.items() for key, value in part.items()}
 
 
 def parameter_of(key: str) -> str:
+    """The parameter that a key of an optimiser's state is of."""
     return key.split("/", 1)[1].rsplit("/", 1)[0]
 
 
@@ -122,6 +125,7 @@ def name_of(key: str) -> str:
 
 
 def set_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any], absent: set[str]) -> None:
+    """Inverse of `optimizer_state`, of a flat state that may hold a model's too; parameters in `absent` get none."""
     full: Any = get_optimizer_state_dict(model, optimizer)
     for key, value in state.items():
         if key.startswith("optimizer/"):

@@ -73,9 +73,9 @@ class Board:
 
     def eval(self, step: int, *, tokens: int, sequence_length: int, **values: float) -> None:
         """Held-out figures at one context length: ``loss``, and ``bits_per_byte`` where it is known."""
-        for name, group in (("loss", "loss"), ("bits_per_byte", "bits_per_byte")):
+        for name in ("loss", "bits_per_byte"):
             if name in values:
-                tag = f"{group}/held_out_at_{sequence_length}"
+                tag = f"{name}/held_out_at_{sequence_length}"
                 self._steps.add_scalar(tag, values[name], step)
                 self._tokens.add_scalar(tag, values[name], tokens)
 
