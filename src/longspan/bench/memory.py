@@ -95,21 +95,17 @@ TechniqueName = Literal[
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MemoryBenchConfig:
-    """Measure what each way of saving memory saves and costs, and write JSON and a table.
+class Setup:
+    """What all cells of a run have.
 
     Args:
-        lengths: of the one sequence of a step.
         layers, width, heads, kv_heads, inner, words, lora: the model; kv_heads and inner 0 for as many as heads and 8/3
             of the width, lora the rank of adapters beside frozen weights or 0.
         window: keys that a token attends to; 0 for all before it.
-        techniques: what is measured, in this order.
         offload_gib: most host memory for activations, 0 for no limit.
         steps: timed, after `warm_up`.
-        out: where the results go.
     """
 
-    lengths: tuple[int, ...] = (4096,)
     layers: int = 4
     width: int = 256
     heads: int = 4
@@ -118,10 +114,23 @@ class MemoryBenchConfig:
     words: int = 257
     lora: int = 0
     window: int = 0
-    techniques: tuple[TechniqueName, ...] = get_args(TechniqueName)
     offload_gib: int = 0
     steps: int = 3
     warm_up: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryBenchConfig(Setup):
+    """Measure what each way of saving memory saves and costs, and write JSON and a table.
+
+    Args:
+        lengths: of the one sequence of a step.
+        techniques: what is measured, in this order.
+        out: where the results go.
+    """
+
+    lengths: tuple[int, ...] = (4096,)
+    techniques: tuple[TechniqueName, ...] = get_args(TechniqueName)
     out: Path = Path("runs/bench_memory")
 
     def __post_init__(self) -> None:
@@ -135,22 +144,11 @@ class MemoryBenchConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Cell:
-    """One process: a technique at a length, of a model of this shape."""
+class Cell(Setup):
+    """One process: a technique at a length."""
 
     technique: Technique
     length: int
-    layers: int
-    width: int
-    heads: int
-    steps: int
-    kv_heads: int = 0
-    inner: int = 0
-    words: int = 257
-    lora: int = 0
-    window: int = 0
-    offload_gib: int = 0
-    warm_up: int = 1
 
     def decoder(self) -> DecoderConfig:
         model = ModelConfig(
@@ -276,7 +274,7 @@ def measure(cell: Cell) -> dict[str, Any]:
 def run_memory_bench(config: MemoryBenchConfig) -> int:
     """All cells of a config. Returns the exit code."""
     make_folder(config.out)
-    shared = {item.name: getattr(config, item.name) for item in fields(Cell) if hasattr(config, item.name)}
+    shared = {item.name: getattr(config, item.name) for item in fields(Setup)}
     by_name = {technique.name: technique for technique in TECHNIQUES}
     cells = [
         Cell(**shared, technique=by_name[name], length=length)

@@ -27,32 +27,24 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """The normed input, in its own shape and dtype."""
+        return self.weight * self._normed(x).to(x.dtype)
+
+    def _normed(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-class PlusOneRMSNorm(nn.Module):
-    """Root-mean-square norm whose factor is 1 + weight, all in fp32 at least; a fresh weight is 0.
-
-    Args:
-        size: the last dim.
-        eps: added to the mean square.
-    """
+class PlusOneRMSNorm(RMSNorm):
+    """Root-mean-square norm whose factor is 1 + weight, all in fp32 at least; a fresh weight is 0."""
 
     def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(size))
+        super().__init__(size, eps)
+        nn.init.zeros_(self.weight)
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """The normed input, in its own shape and dtype."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * (1 + self.weight.to(wide.dtype))).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}"
+        normed = self._normed(x)
+        return (normed * (1 + self.weight.to(normed.dtype))).to(x.dtype)

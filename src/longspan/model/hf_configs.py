@@ -322,21 +322,27 @@ def _qwen_windows(keys: Keys, num_layers: int) -> tuple[int | None, ...]:
     window = keys.whole("sliding_window", None if keys.has("sliding_window") else 4096)
     window = window if use else None
     first = keys.whole("max_window_layers", 28)
+    windowed = [window is not None and layer >= first for layer in range(num_layers)]
+    return windows_by_kind(keys, window, windowed, "'use_sliding_window' and 'sliding_window', got none: give both")
+
+
+def windows_by_kind(keys: Keys, window: int | None, windowed: list[bool], needs: str) -> tuple[int | None, ...]:
+    """Windows of the layers by `layer_types`, or where that is absent of those that are `windowed`; () for none.
+
+    `needs`: what is missing, and the remedy, where a layer has a window and there is none.
+    """
     kinds = keys.take("layer_types", list, None)
     if kinds is None:
-        full = window is None
-        kinds = ["full_attention" if full or i < first else "sliding_attention" for i in range(num_layers)]
+        kinds = ["sliding_attention" if one else "full_attention" for one in windowed]
     known = {"full_attention": None, "sliding_attention": window}
     wrong = [kind for kind in kinds if not isinstance(kind, str) or kind not in known]
-    if wrong or len(kinds) != num_layers:
+    if wrong or len(kinds) != len(windowed):
         raise ValueError(
-            f"'layer_types' must name full_attention or sliding_attention for each of {num_layers} layers, "
+            f"'layer_types' must name full_attention or sliding_attention for each of {len(windowed)} layers, "
             f"got {wrong[0] if wrong else len(kinds)!r}: longspan has no other"
         )
     if window is None and "sliding_attention" in kinds:
-        raise ValueError(
-            "'layer_types' with sliding_attention needs 'use_sliding_window' and 'sliding_window', got none: give both"
-        )
+        raise ValueError(f"'layer_types' with sliding_attention needs {needs}")
     windows = tuple(known[kind] for kind in kinds)
     return windows if any(windows) else ()
 

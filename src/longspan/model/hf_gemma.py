@@ -11,7 +11,7 @@ from typing import Any
 
 from longspan.mixers.config import AttentionConfig, RotaryConfig
 from longspan.model.config import DecoderConfig, MlpConfig, NormConfig
-from longspan.model.hf_configs import Keys, read_rotary, write_rotary
+from longspan.model.hf_configs import Keys, read_rotary, windows_by_kind, write_rotary
 from longspan.model.hf_export import demand
 from longspan.model.hf_names import Stored, weights
 
@@ -95,22 +95,8 @@ def _read(
 
 def _windows(keys: Keys, num_layers: int, pattern: int) -> tuple[int | None, ...]:
     window = keys.whole("sliding_window", None if keys.has("sliding_window") else 4096)
-    kinds = keys.take("layer_types", list, None)
-    if kinds is None:
-        kinds = ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(num_layers)]
-    known = {"full_attention": None, "sliding_attention": window}
-    wrong = [kind for kind in kinds if not isinstance(kind, str) or kind not in known]
-    if wrong or len(kinds) != num_layers:
-        raise ValueError(
-            f"'layer_types' must name full_attention or sliding_attention for each of {num_layers} layers, "
-            f"got {wrong[0] if wrong else len(kinds)!r}: longspan has no other"
-        )
-    if window is None and "sliding_attention" in kinds:
-        raise ValueError(
-            "'layer_types' with sliding_attention needs a 'sliding_window', got none: give it, or full layers"
-        )
-    windows = tuple(known[kind] for kind in kinds)
-    return windows if any(windows) else ()
+    windowed = [(layer + 1) % pattern != 0 for layer in range(num_layers)]
+    return windows_by_kind(keys, window, windowed, "a 'sliding_window', got none: give it, or full layers")
 
 
 def _read_rotary_pair(keys: Keys) -> tuple[RotaryConfig, RotaryConfig]:
