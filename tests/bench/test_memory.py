@@ -63,3 +63,8 @@ def test_a_cell_out_of_memory_is_a_row(tmp_path) -> None:
         path = memory.run([cell(TECHNIQUES[0])], tmp_path)
     record = json.loads(path.read_text())
     assert record["rows"][0]["status"] == "out of memory" and "| 64 | plain | out of memory |" in table(record)
+
+
+def test_an_unknown_technique_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"techniques must be some of 'plain', .*, got 'magic'; pick of these"):
+        memory.MemoryBenchConfig(techniques=("plain", "magic"))

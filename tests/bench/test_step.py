@@ -28,11 +28,13 @@ def test_ours_and_transformers_run_beside_each_other(tmp_path: Path, capsys: pyt
     ours, theirs = record["rows"]
     assert ours["losses"][-1] < ours["first_loss"] and theirs["losses"] == pytest.approx(ours["losses"], rel=1e-5)
     assert (tmp_path / "step.md").read_text() == table(record)
+    assert "mfu" not in ours, "nobody knows this processor's peak"
     assert "ours_eager" in capsys.readouterr().out
 
 
 def answer(losses: list[float]) -> mock.Mock:
     row = {"step_s": [1.0, 2.0, 3.0], "first_loss": losses[0], "second_loss": losses[1], "peak_bytes": 1}
+    row["peak_flop_per_s"] = 1e12
     return mock.Mock(returncode=0, stdout=json.dumps(row), stderr="")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ from longspan.context import run
 from longspan.plan.plan import Plan
 from tests.ranks import run_ranks
 from tests.train.test_parity import CONFIG, micros
+
+
+def keep(sizes: dict[int, int], x: torch.Tensor) -> torch.Tensor:
+    """Notes the bytes of what is saved, each storage once."""
+    sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    return x
 
 
 def steps(rank: int, world: int) -> list[tuple[float, int, int]]:
@@ -33,13 +40,8 @@ def steps(rank: int, world: int) -> list[tuple[float, int, int]]:
         plan = Plan(context=1, compile=True, activation_budget=budget).fit(world)
         trainer = Trainer(TrainConfig(out=Path("unused"), seed=3), CONFIG, plan, torch.device("cpu"))
         kept: dict[int, int] = {}
-
-        def keep(x: torch.Tensor) -> torch.Tensor:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()  # noqa: B023
-            return x
-
         runs[0] = 0
-        with saved_tensors_hooks(keep, lambda x: x):
+        with saved_tensors_hooks(partial(keep, kept), lambda x: x):
             norm = trainer.step(0, 2, micros(plan, rank, 1, False))["gradient_norm"]
         found.append((norm, sum(kept.values()), runs[0]))
     return found

@@ -28,7 +28,8 @@ import torch.distributed as dist
 
 from longspan.bench.floor import measure_floor, model_flops
 from longspan.bench.record import Row, head, now, quartiles
-from longspan.hardware.devices import default_device, peak_memory_bytes, reset_peak_memory
+from longspan.context.choose import preset_of
+from longspan.hardware.devices import default_device, device_name, peak_memory_bytes, reset_peak_memory
 from longspan.mixers.config import AttentionConfig, RotaryConfig
 from longspan.model.config import DecoderConfig, MlpConfig
 from longspan.model.decoder import build
@@ -39,6 +40,7 @@ from longspan.train.data.batches import Batch
 from longspan.train.launch import discover, init_process_group
 from longspan.train.loop import Trainer
 from longspan.train.setting import make_folder
+from longspan.train.utilisation import peak_flop_per_s
 
 Contender = Literal[
     "floor", "ours", "ours_eager", "transformers", "transformers_compiled", "torchtitan", "torchtitan_compiled"
@@ -49,7 +51,6 @@ _WARM_UP, _ROUNDS = 2, 3
 _GATES = {"first_loss": 2e-3, "second_loss": 1e-2}
 _OUT_OF_MEMORY, _NOT_INSTALLED, _REFUSED = 3, 4, 5
 _STATUS = {0: "ok", _OUT_OF_MEMORY: "out of memory", _NOT_INSTALLED: "not installed", _REFUSED: "refused"}
-_PEAK_FLOP_PER_S = 990e12  # dense bf16 of an H100 or H200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +60,7 @@ class StepBenchConfig:
     Args:
         shape: "llama-1b": 16 layers of width 2048, 32:8 heads of 64, mlp 8192, 128,256 words, tied; "tiny" for trying.
         contenders: who runs, in this order; "floor" is the step that nothing can go below.
-        activation_budget: of ours, as a plan has it: below 1 where activations do not fit.
+        activation_budget: of `ours`, whose blocks are compiled, as a plan has it: below 1 where activations do not fit.
         recompute: activation checkpointing of the others.
         steps: of each of three timed rounds.
         out: where the results go.
@@ -146,9 +147,12 @@ def measure(cell: Cell) -> Row:
     """The figures of one cell, in this process."""
     device, config = default_device(), shape_config(cell.shape)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    peak = None
+    if device.type == "cuda":
+        peak = peak_flop_per_s(device_name(device), preset_of(device), "bf16")
     if cell.contender == "floor":
         floor = measure_floor(config, cell.length, device, dtype)
-        return {**floor._asdict(), "step_s": [floor.step_s] * 3}
+        return {**floor._asdict(), "step_s": [floor.step_s] * 3, "peak_flop_per_s": peak}
     step, about = (_ours if cell.contender.startswith("ours") else _theirs)(cell, config, device)
     start = time.perf_counter()
     losses = [float(step())]
@@ -171,6 +175,7 @@ def measure(cell: Cell) -> Row:
         "second_loss": float(losses[1]),
         "losses": [float(loss) for loss in losses],
         "peak_bytes": peak_memory_bytes(device),
+        "peak_flop_per_s": peak,
     }
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -221,7 +226,8 @@ def _row(cell: Cell, earlier: Sequence[Row], config: DecoderConfig) -> Row:
             why = f"{name} must be that of {base['cell']['contender']}, {base[name]}, got {row[name]}"
             return {"cell": named, "status": "wrong", "why": why}
     row["tokens_per_s"] = cell.length / row["step_s"][1]
-    row["mfu"] = model_flops(config, cell.length) / row["step_s"][1] / _PEAK_FLOP_PER_S
+    if row["peak_flop_per_s"] is not None:  # of a card that is known by name
+        row["mfu"] = model_flops(config, cell.length) / row["step_s"][1] / row["peak_flop_per_s"]
     return row
 
 
@@ -253,9 +259,10 @@ def table(record: dict[str, Any]) -> str:
             pair = (other["step_s"][1], row["step_s"][1]) if known else (0, 1)
             ratios.append(f"{pair[0] / pair[1] if over else pair[1] / pair[0]:.3f}" if known else "")
         peak = f"{row['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in row else ""
+        mfu = f"{row['mfu']:.3f}" if "mfu" in row else ""
         lines.append(
             f"| {cell['length']:,} | {cell['contender']} | {row['step_s'][1] * 1e3:,.1f} | {row['tokens_per_s']:,.0f} "
-            f"| {row['mfu']:.3f} | {ratios[0]} | {peak} | {ratios[1]} |"
+            f"| {mfu} | {ratios[0]} | {peak} | {ratios[1]} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -13,7 +13,7 @@ from longspan.mixers.config import AttentionConfig, RotaryConfig
 from longspan.model.config import DecoderConfig, MlpConfig, NormConfig
 from longspan.model.hf_configs import Keys, read_rotary, windows_by_kind, write_rotary
 from longspan.model.hf_export import demand
-from longspan.model.hf_names import Stored, weights
+from longspan.model.hf_names import Stored, llama_names
 
 _ACTIVATION = "gelu_pytorch_tanh"
 _LOCAL_THETA = 10000.0
@@ -198,29 +198,14 @@ def write_gemma3(config: DecoderConfig) -> dict[str, Any]:
     return values | {"rope_local_base_freq": windowed.theta if any(config.windows) else _LOCAL_THETA}
 
 
+_NORMS = {
+    "input_layernorm": "norm_mixer",
+    "post_attention_layernorm": "norm_mixer_out",
+    "pre_feedforward_layernorm": "norm_mlp",
+    "post_feedforward_layernorm": "norm_mlp_out",
+}
+
+
 def gemma_names(config: DecoderConfig) -> list[Stored]:
     """Names of Gemma 2 and 3: Llama's, but for the four norms of a block."""
-    attention = config.attention
-    norms = {
-        "input_layernorm": "norm_mixer",
-        "post_attention_layernorm": "norm_mixer_out",
-        "pre_feedforward_layernorm": "norm_mlp",
-        "post_feedforward_layernorm": "norm_mlp_out",
-    }
-    stored = weights("model.embed_tokens", "embed", bias=False)
-    for i in range(config.num_layers):
-        theirs, ours = f"model.layers.{i}", f"blocks.{i}"
-        for name, norm in norms.items():
-            stored += weights(f"{theirs}.{name}", f"{ours}.{norm}", bias=False)
-        for name in ("q", "k", "v"):
-            stored += weights(f"{theirs}.self_attn.{name}_proj", f"{ours}.mixer.{name}", bias=attention.qkv_bias)
-        stored += weights(f"{theirs}.self_attn.o_proj", f"{ours}.mixer.out", bias=attention.out_bias)
-        if attention.qk_norm_eps is not None:
-            for name in ("q_norm", "k_norm"):
-                stored += weights(f"{theirs}.self_attn.{name}", f"{ours}.mixer.{name}", bias=False)
-        for name in ("gate", "up", "down"):
-            stored += weights(f"{theirs}.mlp.{name}_proj", f"{ours}.mlp.{name}", bias=False)
-    stored += weights("model.norm", "norm", bias=False)
-    if not config.tie_embeddings:
-        stored += weights("lm_head", "head", bias=False)
-    return stored
+    return llama_names(config, norms=_NORMS)

@@ -8,7 +8,7 @@ patches, which is a matrix).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from longspan.model.config import DecoderConfig
@@ -50,22 +50,28 @@ def mlp_names(theirs: str, ours: str, config: DecoderConfig, layer: int) -> list
     ]
 
 
+_NORMS = {"input_layernorm": "norm_mixer", "post_attention_layernorm": "norm_mlp"}
+
+
 def llama_names(
-    config: DecoderConfig, channel_mixer: Callable[[str, str, DecoderConfig, int], list[Stored]] = mlp_names
+    config: DecoderConfig,
+    channel_mixer: Callable[[str, str, DecoderConfig, int], list[Stored]] = mlp_names,
+    norms: Mapping[str, str] = _NORMS,
 ) -> list[Stored]:
-    """Names of Llama, Mistral, Qwen2 and Qwen3; `channel_mixer(theirs, ours, config, layer)` names that of a layer."""
+    """Names of Llama, Mistral, Qwen2 and Qwen3; `channel_mixer(theirs, ours, config, layer)` names that of a layer,
+    `norms` the norms of every block, theirs and ours."""
     attention = config.attention
     stored = weights("model.embed_tokens", "embed", bias=False)
     for i in range(config.num_layers):
         theirs, ours = f"model.layers.{i}", f"blocks.{i}"
-        stored += weights(f"{theirs}.input_layernorm", f"{ours}.norm_mixer", bias=False)
+        for name, norm in norms.items():
+            stored += weights(f"{theirs}.{name}", f"{ours}.{norm}", bias=False)
         for name in ("q", "k", "v"):
             stored += weights(f"{theirs}.self_attn.{name}_proj", f"{ours}.mixer.{name}", bias=attention.qkv_bias)
         stored += weights(f"{theirs}.self_attn.o_proj", f"{ours}.mixer.out", bias=attention.out_bias)
         if attention.qk_norm_eps is not None:
             for name in ("q_norm", "k_norm"):
                 stored += weights(f"{theirs}.self_attn.{name}", f"{ours}.mixer.{name}", bias=False)
-        stored += weights(f"{theirs}.post_attention_layernorm", f"{ours}.norm_mlp", bias=False)
         stored += channel_mixer(theirs, ours, config, i)
     stored += weights("model.norm", "norm", bias=False)
     if not config.tie_embeddings:
