@@ -86,6 +86,25 @@ def test_the_rank_that_failed_is_named_and_the_rest_is_not_reached(bad, says: st
     assert time.monotonic() - began < 15
 
 
+def _late_on_0(file: str, group: dist.ProcessGroup, device: torch.device) -> str:
+    if dist.get_rank(group) == 0:
+        time.sleep(0.5)
+        Path(file).touch()
+    return "there"
+
+
+def _finds(file: str, group: dist.ProcessGroup, device: torch.device) -> str:
+    if not Path(file).exists():
+        raise ValueError("began before the other rank had ended the check before")
+    return "there"
+
+
+def test_a_rank_goes_on_once_all_have_answered(tmp_path: Path) -> None:
+    file = str(tmp_path / "done")
+    found = run_checks([("late", partial(_late_on_0, file)), ("next", partial(_finds, file))], Ranks(devices=(CPU, CPU)))
+    assert [outcome.status for outcome in found] == ["ok"] * 3, found
+
+
 def test_a_silent_rank_is_late() -> None:
     _, failed = outcomes(_sleeps_on_1, timeout_s=3.0)
     assert (failed.status, failed.text) == ("failed", "no answer within 3 s from rank 1")

@@ -1,8 +1,8 @@
 """Runs a list of checks on ranks of this machine, so that neither a hang nor a death of a rank can stop the caller.
 
 Ranks come from a fork server that has imported torch once, and meet through a file: no port is taken. Each rank tells
-which check it is at; the first that fails, dies or is late ends all of them, and the checks after it count as not
-reached.
+what its check has shown, and goes on once all have: a rank that dies in a check cannot fail one that is still at the
+check before. The first that fails, dies or is late ends all of them, and the checks after it count as not reached.
 """
 
 from __future__ import annotations
@@ -110,9 +110,15 @@ def run_checks(checks: Sequence[tuple[str, Check]], ranks: Ranks) -> list[Outcom
 
 
 def _collect(ranks: list[_Rank], num: int, timeout_s: float) -> bool:
-    """Reads until every rank is done or has failed. Returns whether time ran out."""
+    """Reads until every rank is done or has failed, and sends them on to each next check. Returns if time ran out."""
     deadline_s = time.monotonic() + timeout_s
+    sent_on = 0
     while waiting := [each for each in ranks if each.failure is None and len(each.done) < num]:
+        if min(len(each.done) for each in ranks) > sent_on:
+            sent_on += 1
+            for each in ranks:
+                with suppress(OSError):  # it has died meanwhile: reading from it will say so
+                    each.pipe.send(None)
         ready = wait([each.pipe for each in waiting], max(0.0, deadline_s - time.monotonic()))
         if not ready:
             return all(each.failure is None for each in ranks)
@@ -158,7 +164,7 @@ def _outcomes(names: Sequence[str], ranks: list[_Rank], late_s: float | None) ->
 
 
 def _main(rank: int, ranks: Ranks, checks: list[Check], store: str, pipe: Connection) -> None:
-    """One rank: its checks in order, then it waits until the caller has read all."""
+    """One rank: its checks in order, each when the caller says so, until the caller closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, who ends the ranks
     torch.set_num_threads(1)
     if sys.platform == "linux":
@@ -166,17 +172,16 @@ def _main(rank: int, ranks: Ranks, checks: list[Check], store: str, pipe: Connec
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     here = ranks.devices[rank]
     steps = [partial(_join, rank, ranks, store), *(partial(_call, check, here) for check in checks)]
-    passed = True
-    while passed and steps:
-        try:
-            text = steps.pop(0)()
-        except Exception as error:  # whatever a check raises is what it has found
-            first = (str(error).strip().splitlines() or [""])[0]
-            passed, text = False, first if type(error) is ValueError else f"{type(error).__name__}: {first}"
-        pipe.send((passed, text))
-    # Nobody leaves before all have answered: a closed connection would fail a rank that is still at work.
-    with suppress(EOFError):
-        pipe.recv()
+    with suppress(EOFError, OSError):  # the caller has what it wants to know
+        for step in steps:
+            try:
+                passed, text = True, step()
+            except Exception as error:  # whatever a check raises is what it has found
+                first = (str(error).strip().splitlines() or [""])[0]
+                passed, text = False, first if type(error) is ValueError else f"{type(error).__name__}: {first}"
+            pipe.send((passed, text))
+            # Nobody goes on or leaves before all have answered: that would fail a rank that is still at work.
+            pipe.recv()
     os._exit(0)  # not through the group's destructors, which may wait for a rank that has gone
 
 
