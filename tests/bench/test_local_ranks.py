@@ -101,7 +101,9 @@ def _finds(file: str, group: dist.ProcessGroup, device: torch.device) -> str:
 
 def test_a_rank_goes_on_once_all_have_answered(tmp_path: Path) -> None:
     file = str(tmp_path / "done")
-    found = run_checks([("late", partial(_late_on_0, file)), ("next", partial(_finds, file))], Ranks(devices=(CPU, CPU)))
+    found = run_checks(
+        [("late", partial(_late_on_0, file)), ("next", partial(_finds, file))], Ranks(devices=(CPU, CPU))
+    )
     assert [outcome.status for outcome in found] == ["ok"] * 3, found
 
 
