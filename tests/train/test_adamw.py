@@ -1,4 +1,4 @@
-"""The one pass over master, moments and working copy against torch's AdamW; its kernel on a GPU in tests/gpu."""
+"""The passes over weights and moments against torch's AdamW; their kernels on a GPU in tests/gpu."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from longspan.train.adamw import Hyper, adamw_, adamw_rounded_, round_step
 from longspan.train.precision import MasterWeights
 
 
@@ -78,3 +79,80 @@ def test_copies_follow_masters_that_somebody_else_changed() -> None:
     net.load_state_dict({**net.state_dict(), "layer.bias": torch.full((5,), 2.0)})
     masters.work()
     assert (net.layer.weight == 3).all() and (net.layer.bias == 2).all()
+
+
+HYPER = Hyper(lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, factor=0.5, step=7)
+
+
+def drawn(size: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Weight, gradient and moments, values of bf16 each."""
+    generator = torch.Generator().manual_seed(0)
+    weight, grad, average = (torch.randn(size, generator=generator).bfloat16() for _ in range(3))
+    return [weight, grad.to(dtype), average, torch.rand(size, generator=generator).bfloat16()]
+
+
+def _neighbours(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values of bf16 towards zero, or there, and away from it."""
+    low = wide.view(torch.int32) & -(2**16)
+    return low.view(torch.float32), (low + 2**16).view(torch.float32)
+
+
+def rounds_to_neighbours(device: str, size: int, dtype: torch.dtype) -> None:
+    """Each result is one of the two values of bf16 around what fp32 gives, and, of many, in the right share."""
+    given = drawn(size, dtype)
+    weight, grad, average, square = (x.float() for x in given)
+    adamw_(weight, torch.zeros(size), grad, average, square, HYPER)
+    # What lies behind must stay: sizes are seldom those of a kernel's blocks.
+    behind = [torch.zeros(size + 64, dtype=torch.bfloat16, device=device) for _ in range(3)]
+    found = [tail[:size].copy_(x) for tail, x in zip(behind, (given[0], *given[2:]), strict=True)]
+    adamw_rounded_(found[0], given[1].to(device), found[1], found[2], HYPER, seed=3)
+    for tail, got, exact in zip(behind, found, (weight, average, square), strict=True):
+        assert not tail[size:].any()
+        got = got.float().cpu()
+        low, high = _neighbours(exact)
+        # fp32 of two devices differs in its last digits.
+        slack = 1e-5 * exact.abs() + 1e-7
+        assert (_neighbours(exact - slack)[0].minimum(_neighbours(exact - slack)[1]) <= got).all()
+        assert (_neighbours(exact + slack)[0].maximum(_neighbours(exact + slack)[1]) >= got).all()
+        expected = ((exact - low) / (high - low)).double()
+        carried = (got.abs() > (low.abs() + high.abs()) / 2).double()
+        if size > 2**15:
+            assert abs(carried.mean() - expected.mean()) <= 5 * (expected * (1 - expected)).sum().sqrt() / size
+            # Chances far apart are told apart: not a coin for all.
+            rare = expected < 0.1
+            assert carried[rare].mean() < 0.15 and carried[expected > 0.9].mean() > 0.85
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(1, torch.bfloat16), (2**16 + 5, torch.bfloat16), (4099, torch.float32)])
+def test_a_rounded_step_is_near_that_of_fp32(size: int, dtype: torch.dtype) -> None:
+    rounds_to_neighbours("cpu", size, dtype)
+
+
+def test_chance_is_of_the_seed_and_of_each_number() -> None:
+    found = []
+    for seed in (3, 3, 4):
+        weight, grad, average, square = drawn(5000, torch.bfloat16)
+        adamw_rounded_(weight, grad, average, square, HYPER, seed)
+        found.append((weight, average, square))
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
+    assert all(not torch.equal(a, b) for a, b in zip(found[0], found[2], strict=True))
+
+
+def test_small_updates_and_a_slow_decay_are_not_lost() -> None:
+    """Rounded to the nearest, a weight of 1 never takes steps of 1/1000, nor a second moment a decay of 1/1000."""
+    weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    optimizer = torch.optim.AdamW([weight], lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
+    reference = nn.Parameter(torch.ones(64, 64))
+    wide = torch.optim.AdamW([reference], lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
+    for step in range(200):
+        grad = 1.0 if step == 0 else 1e-3
+        weight.grad = torch.full_like(weight, grad)
+        reference.grad = torch.full_like(reference, grad)
+        round_step(optimizer, 1.0, seed=0)
+        wide.step()
+    moved = 1 - float(reference.detach().mean())
+    assert moved > 0.005 and abs(1 - float(weight.detach().float().mean()) - moved) < 0.05 * moved
+    second, exact = (o.state[p]["exp_avg_sq"].float().mean() for o, p in ((optimizer, weight), (wide, reference)))
+    assert exact < 0.9e-3 and abs(second - exact) < 0.01 * exact
+    nearest = torch.ones(1, dtype=torch.bfloat16)
+    assert nearest - 1e-3 == nearest or nearest * 0.999 == nearest, "what this is about"

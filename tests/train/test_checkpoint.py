@@ -225,17 +225,26 @@ def test_every_rank_refuses_and_says_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (lambda: nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Linear(8, 3, bias=False), nn.LayerNorm(3)), "shape"),
-        (lambda: nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3), nn.LayerNorm(3)), "in the model and not"),
-        (lambda: nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3, bias=False)), "in the checkpoint and not"),
-        (lambda: build(False, 1)[0].to(torch.bfloat16), "dtype"),
+        (
+            lambda: nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Linear(8, 3, bias=False), nn.LayerNorm(3)),
+            "architecture: .* shape",
+        ),
+        (
+            lambda: nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3), nn.LayerNorm(3)),
+            "architecture: .* in the model and not",
+        ),
+        (
+            lambda: nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3, bias=False)),
+            "architecture: .* in the checkpoint and not",
+        ),
+        (lambda: build(False, 1)[0].to(torch.bfloat16), "precision: .* torch.float32 in the checkpoint and"),
     ],
 )
 def test_another_architecture_is_refused(tmp_path: Path, other: Any, words: str) -> None:
     store, _ = saved(tmp_path, [1])
     with pytest.raises(CheckpointError, match=words) as error:
         store.load(None, other())
-    assert "another architecture" in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -272,3 +272,20 @@ def test_frozen_layers_in_bf16_on_one_rank_stay_and_go_on_elsewhere(given: Path,
     again = stop_at_4(out, tmp_path / "again")
     forked(*arguments(given, again, *options, "--plan.shard", "zero3", "--resume", "latest"), world=2).good()
     assert abs(losses(again)[8] - losses(out)[8]) < 0.02
+
+
+@pytest.mark.parametrize("options", [(), LORA])
+def test_weights_in_bf16_go_on_bit_for_bit(given: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Without fp32 weights anywhere, and what is exported is what was trained."""
+    out, options = tmp_path / "run", (*options, "--plan.precision", "pure_bf16", "--plan.shard", "zero3")
+    forked(*arguments(given, out, *options), world=2).good()
+    assert losses(out)[8] < 0.9 * losses(out)[1]
+    again = stop_at_4(out, tmp_path / "again")
+    forked(*arguments(given, again, *options, "--resume", "latest"), world=2).good()
+    assert losses(again) == losses(out)
+    exported = "adapter/adapter_model.safetensors" if "--lora.rank" in options else "model/model.safetensors"
+    assert (again / exported).read_bytes() == (out / exported).read_bytes()
+    assert {tensor.dtype for tensor in load_file(out / exported).values()} == {torch.bfloat16}
+    wide = (*options, "--plan.precision", "bf16", "--resume", "step_000004")
+    refused = forked(*arguments(given, again, *wide), world=2).refusal()
+    assert "was trained in another precision" in refused and refused.endswith("resume with its --plan.precision")

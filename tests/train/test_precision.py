@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from longspan.plan.plan import Plan
 from longspan.train.precision import MasterWeights
@@ -86,6 +88,66 @@ def diverging(rank: int, world: int) -> None:
 
 def test_a_step_that_diverges_leaves_masters_and_their_gradients() -> None:
     run_ranks(diverging, 1)
+
+
+def pure(rank: int, world: int, plan: Plan, num_micro: int) -> Any:
+    """Losses of four steps in pure bf16, and this rank's parameters after them."""
+    from longspan.train.config import OptimConfig, TrainConfig
+    from longspan.train.loop import Trainer
+
+    config = TrainConfig(out=Path("unused"), seed=3, optim=OptimConfig(lr=0.01, warmup=0))
+    trainer = Trainer(config, CONFIG, plan, torch.device("cpu"))
+    batches = micros(plan, rank, num_micro, False)
+    losses = [trainer.step(step, 9, batches)["loss"] for step in range(4)]
+    state = [value for each in trainer.optimizer.state.values() for key, value in each.items() if key != "step"]
+    assert {x.dtype for x in (*trainer.model.parameters(), *state)} == {torch.bfloat16}
+    assert all(not parameter.is_meta for parameter in trainer.model.parameters())
+    return losses, {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+        for name, p in trainer.model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(context=1),
+        Plan(data=2, context=1),
+        Plan(context=2, shard="zero3"),
+        Plan(context=1, tensor=2),
+        Plan(context=1, pipeline=2),
+        pytest.param(Plan(data=2, context=1, tensor=2, shard="zero2"), marks=pytest.mark.slow),
+    ],
+)
+def test_weights_and_moments_in_bf16_learn_alike_and_stay_alike(plan: Plan) -> None:
+    """Like fp32 they learn; and ranks that hold the same weight keep the same, whose chance must be one."""
+    world = plan.data * plan.context * plan.tensor * plan.pipeline
+    wide = run_ranks(steps_in_fp32, 1)[0]
+    found = run_ranks(pure, world, replace(plan, precision="pure_bf16").fit(world), 3 if plan.pipeline > 1 else 1)
+    for losses, parameters in found:
+        assert losses == found[0][0]
+        assert losses == pytest.approx(wide, rel=0.01), "and not those of the first step"
+        for name, value in parameters.items():
+            if plan.pipeline == 1 and (plan.tensor == 1 or value.ndim == 1):
+                assert torch.equal(value, found[0][1][name]), name
+    assert wide[3] < 0.97 * wide[0]
+
+
+def steps_in_fp32(rank: int, world: int) -> list[float]:
+    from longspan.train.config import OptimConfig, TrainConfig
+    from longspan.train.loop import Trainer
+
+    config = TrainConfig(out=Path("unused"), seed=3, optim=OptimConfig(lr=0.01, warmup=0))
+    plan = Plan(context=1, precision="fp32")
+    trainer = Trainer(config, CONFIG, plan, torch.device("cpu"))
+    return [trainer.step(step, 9, micros(plan, rank, 1, False))["loss"] for step in range(4)]
+
+
+def test_layers_on_the_host_are_not_in_bf16() -> None:
+    with pytest.raises(
+        ValueError, match="keeps fp32 weights on the host, got offload 'layers' with precision pure_bf16"
+    ):
+        Plan(precision="pure_bf16", offload="layers")
 
 
 def compiled(rank: int, world: int, plan: Plan) -> list[float]:

@@ -17,7 +17,7 @@ from longspan.context.methods import builder, check_name
 from longspan.model.recompute import Recompute
 
 Shard = Literal["none", "zero2", "zero3"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "pure_bf16"]
 PipelineSchedule = Literal["gpipe", "1f1b", "interleaved", "looped_bfs", "zero_bubble", "zbv", "dualpipev"]
 V_SHAPED = ("zbv", "dualpipev")  # first and last stage are on one rank
 SPLIT_BACKWARD = ("zero_bubble", *V_SHAPED)  # gradients of weights come after those of inputs, in idle time
@@ -47,8 +47,9 @@ class Plan:
         method, layout: context-parallel method, as "usp:4" or "ulysses+burst" too, and token layout. Method "auto" is
             the one with the least estimated time where the run runs, and layout "auto" is then chosen with it; a
             method that is named has its own layout.
-        precision: of the computation; "auto" is bf16 on CUDA and fp32 elsewhere. Master weights and optimiser state are
-            fp32.
+        precision: "bf16" computes in bf16, and keeps weights and optimiser state in fp32; "pure_bf16" keeps these in
+            bf16 too, rounded by chance (8 bytes a parameter with its gradient, not 18); "fp32"; "auto" is bf16 on CUDA
+            and fp32 elsewhere.
         mlp_tile: tokens that an MLP mixes at a time; 0 for all.
         compile: blocks through torch.compile, which fuses norms, rotations and activations; seconds to a minute at the
             first step of every shape.
@@ -154,6 +155,11 @@ class Plan:
             raise ValueError(
                 f"a plan that offloads layers runs on one rank, got offload {self.offload!r} with shard "
                 f"{self.shard!r} for {world} ranks; set shard to none and start 1 rank, or set offload to activations"
+            )
+        if self.streams_layers and self.precision == "pure_bf16":
+            raise ValueError(
+                f"a plan that offloads layers keeps fp32 weights on the host, got offload {self.offload!r} with "
+                "precision pure_bf16; set precision to bf16, or offload to activations"
             )
         if self.offload_gib and not self.moves_activations:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The pass of `longspan.train.adamw` on CUDA: one Triton kernel for a parameter."""
+"""The passes of `longspan.train.adamw` on CUDA: one Triton kernel each, for a parameter."""
 
 # Triton comes with CUDA builds of torch only.
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -42,13 +42,72 @@ def adamw_cuda_(master: Tensor, copy: Tensor, grad: Tensor, exp_avg: Tensor, exp
             exp_avg,
             exp_avg_sq,
             master.numel(),
-            hyper.factor,
-            1 - hyper.lr * hyper.weight_decay,
-            1 - hyper.beta1,
-            hyper.beta2,
-            hyper.step_size,
-            hyper.root_correction,
-            hyper.eps,
+            *_rates(hyper),
             block=_BLOCK,
             num_warps=8,
+        )
+
+
+def _rates(hyper: Hyper) -> tuple[float, ...]:
+    """What both kernels take of a step, in their order."""
+    kept = 1 - hyper.lr * hyper.weight_decay
+    return hyper.factor, kept, 1 - hyper.beta1, hyper.beta2, hyper.step_size, hyper.root_correction, hyper.eps
+
+
+@triton.jit
+def _rounded(wide, chance):
+    """Towards or away from zero by 16 random bits, of which `chance` has more: the upper ones are dropped."""
+    bits = wide.to(tl.uint32, bitcast=True) + (chance & 0xFFFF)
+    return (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
+def _round_quarter(weights, grads, averages, squares, at, size, word, other, factor, kept, new1, beta2, step_size,
+                   root_correction, eps):  # fmt: skip
+    inside = at < size
+    grad = tl.load(grads + at, mask=inside).to(tl.float32) * factor
+    average = tl.load(averages + at, mask=inside).to(tl.float32)
+    average += new1 * (grad - average)
+    square = tl.load(squares + at, mask=inside).to(tl.float32)
+    square = beta2 * square + (1 - beta2) * grad * grad
+    weight = tl.load(weights + at, mask=inside).to(tl.float32) * kept
+    weight -= step_size * average / (tl.sqrt(square) / root_correction + eps)
+    # Three numbers of 16 bits, each two of which are independent.
+    tl.store(weights + at, _rounded(weight, word), mask=inside)
+    tl.store(averages + at, _rounded(average, word >> 16), mask=inside)
+    tl.store(squares + at, _rounded(square, word ^ other), mask=inside)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _adamw_rounded(weights, grads, averages, squares, size, seed, factor, kept, new1, beta2, step_size, root_correction,
+                   eps, quarter: tl.constexpr):  # fmt: skip
+    lane = tl.arange(0, quarter)
+    # A call of the generator (Philox) is dear, and gives four words: four elements share it.
+    a, b, c, d = tl.randint4x(seed, tl.program_id(0) * quarter + lane)
+    at = tl.program_id(0).to(tl.int64) * (4 * quarter) + lane
+    _round_quarter(weights, grads, averages, squares, at, size, a, b, factor, kept, new1, beta2, step_size,
+                   root_correction, eps)  # fmt: skip
+    _round_quarter(weights, grads, averages, squares, at + quarter, size, b, c, factor, kept, new1, beta2, step_size,
+                   root_correction, eps)  # fmt: skip
+    _round_quarter(weights, grads, averages, squares, at + 2 * quarter, size, c, d, factor, kept, new1, beta2,
+                   step_size, root_correction, eps)  # fmt: skip
+    _round_quarter(weights, grads, averages, squares, at + 3 * quarter, size, d, a, factor, kept, new1, beta2,
+                   step_size, root_correction, eps)  # fmt: skip
+
+
+def adamw_rounded_cuda_(
+    weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Hyper, seed: int
+) -> None:
+    """As `longspan.train.adamw.adamw_rounded_`, of contiguous tensors: bf16, and the gradient of any float dtype."""
+    with torch.cuda.device(weight.device):
+        _adamw_rounded[(triton.cdiv(weight.numel(), _BLOCK),)](
+            weight,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            weight.numel(),
+            seed,
+            *_rates(hyper),
+            quarter=_BLOCK // 4,
+            num_warps=4,
         )

@@ -161,7 +161,7 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW on fp32 master weights, and its learning rate over the steps.
+    """AdamW, and its learning rate over the steps.
 
     Args:
         schedule: after ``warmup`` steps of linear warm-up: "cosine" to ``final`` x lr, or "wsd" (constant, then linear

@@ -31,6 +31,7 @@ from longspan.model.huggingface import load_pretrained, save_pretrained
 from longspan.train.data.evaluation import Bigram, corpus_bytes, scored_bytes, zlib_bits_per_byte
 from longspan.train.data.tokenizers import save_tokenizer
 from longspan.train.metrics import read_metrics
+from longspan.train.precision import compute_dtype
 from longspan.train.profiling import read_ranges
 from longspan.train.progress import say
 from longspan.train.report import ReportData, write_report
@@ -170,7 +171,7 @@ def _report(
     rows: list[dict[str, Any]] = []
     if plan.context <= _TIMELINE_WORLD:
         schedule = checked_schedule(mask, layout, method, attention.num_heads, attention.kv_heads)
-        sizes = Sizes(head_dim=attention.head_dim, inputs=2 if plan.precision == "bf16" else 4)
+        sizes = Sizes(head_dim=attention.head_dim, inputs=compute_dtype(plan.precision).itemsize)
         rows = timeline(schedule.forward, Geometry(mask, layout), sizes)
     geometry = Geometry(mask, layout)
     ranks = [

@@ -35,6 +35,7 @@ from longspan.model.lora import apply_lora, init_lora
 from longspan.model.moe import is_expert
 from longspan.model.part import ALL, ModelPart
 from longspan.plan.plan import Plan
+from longspan.train.adamw import round_step
 from longspan.train.config import OptimConfig, TrainConfig
 from longspan.train.data.batches import Batch
 from longspan.train.data.evaluation import HeldOutWindows
@@ -73,6 +74,8 @@ def make_model(
         experts=expert_split(mesh),
     )
     model = outline(decoder, config, part)
+    if plan.precision == "pure_bf16":
+        model.to(torch.bfloat16)
     stages = [] if plan.pipeline == 1 else [Stage(model, index, layers[index]) for index in mine]
     for root in stages or [model]:
         parallelise(root, plan, mesh)
@@ -306,8 +309,11 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         clips = 0 < self.config.optim.clip < size  # else nothing would change
+        factor = self.config.optim.clip / size if clips else 1.0
         if self.masters is not None:
-            self.masters.update(self.optimizer, self.config.optim.clip / size if clips else 1.0)
+            self.masters.update(self.optimizer, factor)
+        elif self.plan.precision == "pure_bf16":
+            round_step(self.optimizer, factor, self.config.seed)
         else:
             if clips:
                 for group in self.optimizer.param_groups:

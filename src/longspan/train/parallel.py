@@ -29,7 +29,7 @@ from longspan.model.part import Layers
 from longspan.model.parts import Mlp
 from longspan.model.recompute import apply_recompute
 from longspan.plan.plan import V_SHAPED, Plan
-from longspan.train.precision import MasterWeights
+from longspan.train.precision import MasterWeights, compute_dtype
 
 
 def tensor_split(mesh: Mesh) -> TensorSplit:
@@ -108,8 +108,8 @@ def parallelise(root: nn.Module, plan: Plan, mesh: Mesh) -> None:
     if alone(mesh) or plan.streams_layers:
         return
     policy = MixedPrecisionPolicy()
-    if plan.precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if (dtype := compute_dtype(plan.precision)) != torch.float32:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     again = plan.shard == "zero3"
     blocks = root.blocks
     assert isinstance(blocks, Layers)
@@ -148,4 +148,4 @@ def stream(model: DecoderLM, plan: Plan, device: torch.device) -> LayerStream | 
     """
     if not plan.streams_layers:
         return None
-    return stream_layers(model, device, dtype=torch.bfloat16 if plan.precision == "bf16" else None)
+    return stream_layers(model, device, dtype=compute_dtype(plan.precision))

@@ -39,6 +39,7 @@ from longspan.model.decoder import DecoderLM
 from longspan.model.part import Layers
 from longspan.plan.plan import V_SHAPED, Plan
 from longspan.train.data.batches import BatchPlan
+from longspan.train.precision import compute_dtype
 from longspan.train.profiling import span
 
 SCHEDULES: dict[str, Any] = {
@@ -174,7 +175,7 @@ class Pipeline:
         self.stages, self.axis, self.device = stages, axis, device
         self.ranks = ranks_of_stages(plan)
         self.schedule = SCHEDULES[plan.pipeline_schedule]
-        self.dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+        self.dtype = compute_dtype(plan.precision)
         self._made: tuple[tuple[int, ...], PipelineScheduleSingle | PipelineScheduleMulti] | None = None
         self._scale = 1.0
 

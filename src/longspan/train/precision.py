@@ -1,5 +1,5 @@
-"""Mixed precision on one rank without FSDP: bf16 weights for the computation, fp32 masters for the optimiser
-(Micikevicius et al. 2017, arXiv:1710.03740, section 3.1).
+"""What a plan computes in; and mixed precision on one rank without FSDP: bf16 weights for the computation, fp32 masters
+for the optimiser (Micikevicius et al. 2017, arXiv:1710.03740, section 3.1).
 
 The model's parameters stay what they are, fp32, for checkpoints and export. While ``working``, the modules hold bf16
 copies in their places, which the gradients are of. ``update`` takes an optimiser step in one pass over both; ``settle``
@@ -16,7 +16,13 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from longspan.train.adamw import Hyper, adamw_
+from longspan.plan.plan import Precision
+from longspan.train.adamw import adamw_, updates
+
+
+def compute_dtype(precision: Precision) -> torch.dtype:
+    """Of products and activations, for a precision that is resolved ("auto" is not)."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "pure_bf16": torch.bfloat16}[precision]
 
 
 class MasterWeights:
@@ -73,28 +79,16 @@ class MasterWeights:
         """A step of the optimiser, whose parameters are the masters, from gradients times ``factor`` of copies or,
         after ``settle``, of masters; the masters are back then, the copies theirs, and the gradients gone."""
         updated = []
-        for group in optimizer.param_groups:
-            beta1, beta2 = group["betas"]
-            hyper = None
-            for master in group["params"]:
-                copy = self._copies[master]
-                grad = copy.grad if master.grad is None else master.grad
-                if grad is None:
-                    continue
-                state = optimizer.state[master]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)  # on the host: it is read there
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
-                state["step"] += 1
-                step = int(state["step"])
-                if hyper is None or hyper.step != step:
-                    rates = {name: group[name] for name in ("lr", "eps", "weight_decay")}
-                    hyper = Hyper(**rates, beta1=beta1, beta2=beta2, factor=factor, step=step)
-                adamw_(master.data, copy.data, grad, state["exp_avg"], state["exp_avg_sq"], hyper)
-                master.grad = copy.grad = None
-                updated.append(master)
+        for master, grad, state, hyper in updates(optimizer, factor, self._gradient):
+            copy = self._copies[master]
+            adamw_(master.data, copy.data, grad, state["exp_avg"], state["exp_avg_sq"], hyper)
+            master.grad = copy.grad = None
+            updated.append(master)
         self._note(updated)
         self._place(working=False)
+
+    def _gradient(self, master: nn.Parameter) -> torch.Tensor | None:
+        return self._copies[master].grad if master.grad is None else master.grad
 
     def _note(self, masters: list[nn.Parameter]) -> None:
         self._fresh |= {master: master._version for master in masters}

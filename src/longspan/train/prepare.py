@@ -25,6 +25,7 @@ from longspan.layout.weights import heads
 from longspan.model.config import DecoderConfig
 from longspan.plan.plan import Plan
 from longspan.train.data.batches import Batch
+from longspan.train.precision import compute_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ def make_prepare(config: DecoderConfig, plan: Plan, mesh: Mesh, device: torch.de
     """
     where = None
     if plan.method == "auto" and 1 < mesh.context.size <= WHOLE_RANKS:
-        dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+        dtype = compute_dtype(plan.precision)
         where = where_of(mesh.context.group, device, dtype=dtype, head_dim=config.attention.head_dim)
         if mesh.tensor.size > 1 or mesh.pipeline.size > 1:
             said = [where]

@@ -145,7 +145,7 @@ def check_same_architecture(
     path: Path, stored: Mapping[str, Any], model: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 ) -> None:
     """Refuses a checkpoint whose tensors are not those of the model, given as `described` of all ranks together."""
-    different = []
+    different, dtypes = [], []
     for key in sorted(stored.keys() | model.keys()):
         name = key.split("/", 1)[1]
         if key not in model:
@@ -153,13 +153,18 @@ def check_same_architecture(
         elif key not in stored:
             different.append(f"{name} is in the model and not in the checkpoint")
         elif isinstance(there := stored[key], TensorStorageMetadata):
-            for what, a, b in zip(
-                ("shape", "dtype"), (tuple(there.size), there.properties.dtype), model[key], strict=True
-            ):
-                if a != b:
-                    different.append(f"{name} has {what} {a} in the checkpoint and {b} in the model")
+            shape, dtype = model[key]
+            if tuple(there.size) != shape:
+                different.append(f"{name} has shape {tuple(there.size)} in the checkpoint and {shape} in the model")
+            if there.properties.dtype != dtype:
+                dtypes.append(f"{name} is {there.properties.dtype} in the checkpoint and {dtype} in the model")
     if different:
         raise CheckpointError(
             f"checkpoint {path.name} is of another architecture: {different[0]} ({len(different)} differences); "
             "build the model from the checkpoint's own config, or start without --resume"
+        )
+    if dtypes:
+        raise CheckpointError(
+            f"checkpoint {path.name} was trained in another precision: {dtypes[0]} ({len(dtypes)} differences); resume "
+            "with its --plan.precision"
         )

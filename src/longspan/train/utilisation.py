@@ -18,19 +18,19 @@ from longspan.hardware.devices import device_name
 from longspan.hardware.profile import make_profile
 from longspan.model import cost
 from longspan.model.config import DecoderConfig
-from longspan.plan.plan import Plan
+from longspan.plan.plan import Plan, Precision
+from longspan.train.precision import compute_dtype
 
-_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 # Cards of the same name with fewer or slower cores than the preset's, which is the SXM card.
 _OTHER_CARDS = {"h100": {"PCIE", "NVL"}, "h200": {"NVL"}}
 
 
-def peak_flop_per_s(name: str, preset: str, precision: str) -> float | None:
+def peak_flop_per_s(name: str, preset: str, precision: Precision) -> float | None:
     """The nominal dense peak of a device by its name, None where it is not known: a CPU, another card."""
     words = set(re.split(r"[^A-Z0-9]+", name.upper()))
     if preset == "cpu" or preset.upper() not in words or words & _OTHER_CARDS.get(preset, set()):
         return None
-    return make_profile(preset).peak(_DTYPES[precision])
+    return make_profile(preset).peak(str(compute_dtype(precision)).removeprefix("torch."))
 
 
 class Utilisation:
