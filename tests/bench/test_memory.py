@@ -33,6 +33,14 @@ def test_adapters_and_a_window_pass_the_gate() -> None:
     assert row["tokens_per_s"] > 0
 
 
+def test_a_step_may_end_with_the_optimizers() -> None:
+    made = []
+    keep = memory.make_optimizer
+    with mock.patch.object(memory, "make_optimizer", lambda *given: made.append(keep(*given)) or made[0]):
+        row = memory.measure(replace(cell(TECHNIQUES[0]), optimizer=True, steps=2))
+    assert row["tokens_per_s"] > 0 and {float(state["step"]) for state in made[0].state.values()} == {3.0}
+
+
 def test_the_gate_bites() -> None:
     step = memory._step
 
@@ -63,6 +71,11 @@ def test_a_cell_out_of_memory_is_a_row(tmp_path) -> None:
         path = memory.run([cell(TECHNIQUES[0])], tmp_path)
     record = json.loads(path.read_text())
     assert record["rows"][0]["status"] == "out of memory" and "| 64 | plain | out of memory |" in table(record)
+
+
+def test_an_optimizer_is_for_what_lies_on_the_device() -> None:
+    with pytest.raises(ValueError, match="timed on what lies on the device, got optimizer with 'layers'"):
+        memory.MemoryBenchConfig(optimizer=True)
 
 
 def test_an_unknown_technique_is_refused() -> None:

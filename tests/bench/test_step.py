@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -55,7 +56,28 @@ def test_flops_are_counted_as_the_docs_say() -> None:
     parameters = 512 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
     assert model_flops(TINY, 10) == 10 * (6 * parameters + 6 * 2 * 64 * 10)
     floor = measure_floor(TINY, 32, torch.device("cpu"), torch.float32)
-    assert min(floor[:3]) > 0 and floor.step_s == pytest.approx(sum(floor[:3]))
+    assert min(floor[:4]) > 0 and floor.step_s == pytest.approx(sum(floor[:3]))
+    assert floor.pure_optimiser_s == floor.optimiser_s, "nothing but fp32"
+    pure = measure_floor(TINY, 32, torch.device("cpu"), torch.bfloat16)
+    assert pure.pure_optimiser_s != pure.optimiser_s
+    assert pure.pure_step_s == pytest.approx(pure.linears_s + pure.attention_s + pure.pure_optimiser_s)
+
+
+def test_who_has_bf16_alone_is_compared_with_ours_that_has() -> None:
+    def row(contender: str, step_s: float, **more: list[float]) -> dict[str, Any]:
+        cell = {"contender": contender, "length": 64}
+        return {"cell": cell, "status": "ok", "step_s": [step_s] * 3, "tokens_per_s": 1.0, **more}
+
+    rows = [row("floor", 8.0, pure_step_s=[6.0] * 3), row("ours", 10.0), row("ours_pure", 7.5)]
+    rows += [row("transformers", 12.0), row("torchtitan", 12.0)]
+    lines = [line.split(" | ") for line in table({"rows": rows}).splitlines()[2:]]
+    assert [(line[5], line[7].rstrip(" |")) for line in lines] == [
+        ("", "0.800"),
+        ("0.800", ""),
+        ("0.800", ""),
+        ("0.500", "1.600"),
+        ("0.667", "1.200"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["step_8k_h200", "step_8k_torchtitan_h200", "step_128k_h200"])

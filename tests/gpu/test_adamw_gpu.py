@@ -1,12 +1,12 @@
-"""The Triton pass of AdamW against torch's, on CUDA."""
+"""The Triton passes of AdamW against torch's, on CUDA."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from longspan.train.adamw import Hyper, adamw_
-from tests.train.test_adamw import steps_of_both
+from longspan.train.adamw import Hyper, adamw_, adamw_rounded_
+from tests.train.test_adamw import HYPER, drawn, rounds_to_neighbours, steps_of_both
 
 pytestmark = pytest.mark.gpu
 
@@ -35,3 +35,18 @@ def test_every_size_is_as_on_the_host(size: int, dtype: torch.dtype) -> None:
     for found, expected in zip((there[0], there[2], there[3]), (master, average, square), strict=True):
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(guard[:size], there[0].bfloat16()) and not guard[size:].any()
+
+
+@pytest.mark.parametrize("size", [1, 2047, 2048 * 3 + 5, 2**16 + 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rounding_by_chance_is_as_on_the_host(size: int, dtype: torch.dtype) -> None:
+    rounds_to_neighbours("cuda", size, dtype)
+
+
+def test_chance_on_a_gpu_is_of_the_seed() -> None:
+    found = []
+    for seed in (3, 3, 4):
+        weight, grad, average, square = (x.cuda() for x in drawn(5000, torch.bfloat16))
+        adamw_rounded_(weight, grad, average, square, HYPER, seed)
+        found.append(weight)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])

@@ -2,8 +2,9 @@
 
 Linears: for each matrix of a layer, and the head, the product of the forward and the two of the backward, by F.linear
 and autograd, on as many tokens as the step has. Attention: the fastest of torch's own kernels on a causal mask, forward
-and backward. Optimiser: the faster of torch's fused AdamW in fp32 and ours. Norms, activations, rotations, embedding,
-softmax of the loss, clipping and all launches are free, and nothing is computed twice: a step is always above it.
+and backward. Optimiser: the faster of torch's fused AdamW and ours, for fp32 weights and moments, and for those in the
+dtype of the computation alone. Norms, activations, rotations, embedding, softmax of the loss, clipping and all launches
+are free, and nothing is computed twice: a step is always above it.
 
 Model FLOPs a token are 6·N + 6·L·h·d·s for N parameters (a tied matrix once), L layers of h·d query channels and s
 tokens: attention counts its causal half. MFU is that over the device's dense peak.
@@ -24,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from longspan.bench.timing import times_s
 from longspan.model.config import DecoderConfig
 from longspan.model.cost import parameters
-from longspan.train.adamw import Hyper, adamw_
+from longspan.train.adamw import Hyper, adamw_, adamw_rounded_
 
 _ROWS = 16384  # of the head at a time: its logits are large
 _SUSTAINED_S = 1.0  # of work before times are taken: a GPU that has just begun runs at clocks that it cannot keep
@@ -33,16 +34,24 @@ _BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.
 
 
 class Floor(NamedTuple):
-    """Seconds of a step's parts, each alone; and the name of the attention kernel that was fastest."""
+    """Seconds of a step's parts, each alone; and the name of the attention kernel that was fastest.
+
+    ``optimiser_s`` is over fp32 weights and moments, ``pure_optimiser_s`` over those in the dtype of the computation.
+    """
 
     linears_s: float
     attention_s: float
     optimiser_s: float
+    pure_optimiser_s: float
     attention_kernel: str
 
     @property
     def step_s(self) -> float:
         return self.linears_s + self.attention_s + self.optimiser_s
+
+    @property
+    def pure_step_s(self) -> float:
+        return self.linears_s + self.attention_s + self.pure_optimiser_s
 
 
 def model_flops(config: DecoderConfig, length: int) -> float:
@@ -99,9 +108,10 @@ def _attention_s(config: DecoderConfig, length: int, device: torch.device, dtype
     return min(found)
 
 
-def _optimiser_s(num_parameters: int, device: torch.device, dtype: torch.dtype) -> float:
-    """AdamW of so many fp32 parameters, in pieces as a model has them."""
-    pieces = [torch.zeros(size, device=device) for size in _pieces(num_parameters)]
+def _optimiser_s(num_parameters: int, device: torch.device, dtype: torch.dtype, kept: torch.dtype) -> float:
+    """AdamW of so many parameters, in pieces as a model has them, from gradients in ``dtype``; weights and moments are
+    ``kept``."""
+    pieces = [torch.zeros(size, device=device, dtype=kept) for size in _pieces(num_parameters)]
     for piece in pieces:
         piece.requires_grad_()
         piece.grad = torch.ones_like(piece)
@@ -116,7 +126,10 @@ def _optimiser_s(num_parameters: int, device: torch.device, dtype: torch.dtype) 
 
     def ours() -> None:
         for piece, copy, grad, state in zip(pieces, copies, grads, states, strict=True):
-            adamw_(piece.data, copy, grad, *state, hyper)
+            if kept == torch.bfloat16:
+                adamw_rounded_(piece.data, grad, *state, hyper, 0)
+            else:
+                adamw_(piece.data, copy, grad, *state, hyper)
 
     return min(theirs, _median_s(ours, device))
 
@@ -139,5 +152,8 @@ def measure_floor(config: DecoderConfig, length: int, device: torch.device, dtyp
     gc.collect()
     attention_s, kernel = _attention_s(config, length, device, dtype)
     gc.collect()
-    optimiser = _optimiser_s(sum(parameters(config).values()), device, dtype)
-    return Floor(linears, config.num_layers * attention_s, optimiser, kernel)
+    num_parameters = sum(parameters(config).values())
+    optimiser = _optimiser_s(num_parameters, device, dtype, torch.float32)
+    gc.collect()
+    pure = optimiser if dtype == torch.float32 else _optimiser_s(num_parameters, device, dtype, dtype)
+    return Floor(linears, config.num_layers * attention_s, optimiser, pure, kernel)

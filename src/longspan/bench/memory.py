@@ -7,8 +7,8 @@ tiled or moved) by 1e-5 of the largest in fp32, 3e-2 in bf16; otherwise the cell
 
 Weights are random; with adapters (``lora``) the rest is frozen and has no gradients. With a ``window`` each token
 attends to the latest keys alone: the same memory as a causal mask, and far less time, for lengths at which the latter
-takes minutes. A step is forward, backward and, where layers are streamed, the arrival of all gradients on the host; no
-optimiser.
+takes minutes. A step is forward, backward and, where layers are streamed, the arrival of all gradients on the host;
+with ``optimizer`` also AdamW's, whose moments are in the dtype of the weights (on CUDA bf16, rounded by chance).
 "Peak" is what the process held most, less what it held before the model was made. On a CPU, where device and host are
 one memory, peaks say nothing of offload; times say what the copies cost there.
 """
@@ -38,7 +38,9 @@ from longspan.model.layer_stream import LayerStream
 from longspan.model.lora import LoraConfig, apply_lora
 from longspan.model.recompute import Recompute
 from longspan.plan.plan import Offload, Plan
-from longspan.train.config import ModelConfig
+from longspan.train.adamw import round_step
+from longspan.train.config import ModelConfig, OptimConfig
+from longspan.train.loop import make_optimizer
 from longspan.train.parallel import apply_saving, stream
 from longspan.train.setting import make_folder
 
@@ -89,6 +91,7 @@ class Setup:
             of the width, lora the rank of adapters beside frozen weights or 0.
         window: keys that a token attends to; 0 for all before it.
         offload_gib: most host memory for activations, 0 for no limit.
+        optimizer: whether a step ends with AdamW's; not with streamed layers.
         steps: timed, after `warm_up`.
     """
 
@@ -101,6 +104,7 @@ class Setup:
     lora: int = 0
     window: int = 0
     offload_gib: int = 0
+    optimizer: bool = False
     steps: int = 3
     warm_up: int = 1
 
@@ -127,10 +131,15 @@ class MemoryBenchConfig(Setup):
                 f"lengths, sizes and steps must be positive, the rest 0 or more, got {asdict(self)}; change the one "
                 "that is not"
             )
-        known = [technique.name for technique in TECHNIQUES]
+        known = {technique.name: technique for technique in TECHNIQUES}
         if unknown := [name for name in self.techniques if name not in known]:
             raise ValueError(
                 f"techniques must be some of {', '.join(map(repr, known))}, got {unknown[0]!r}; pick of these"
+            )
+        if self.optimizer and (streamed := [name for name in self.techniques if known[name].plan().streams_layers]):
+            raise ValueError(
+                f"an optimizer's step is timed on what lies on the device, got optimizer with {streamed[0]!r}; name "
+                "techniques without layers"
             )
 
 
@@ -244,10 +253,15 @@ def measure(cell: Cell) -> dict[str, Any]:
     model = _model(cell, torch.device("cpu") if cell.technique.plan().streams_layers else device, dtype)
     streamed = _apply(model, cell.technique, device, offload_gib=cell.offload_gib)
     ctx, tokens = _context(cell.length, device, cell.window), _tokens(cell, cell.length, device)
+    optimizer = make_optimizer(model, OptimConfig()) if cell.optimizer else None
     times = []
     for _ in range(cell.warm_up + cell.steps):
         start = time.perf_counter()
         _step(model, streamed, tokens, ctx, cell.technique.loss_chunk)
+        if optimizer is not None and dtype == torch.bfloat16:
+            round_step(optimizer, 1.0, 0)
+        elif optimizer is not None:
+            optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)

@@ -43,10 +43,18 @@ from longspan.train.setting import make_folder
 from longspan.train.utilisation import peak_flop_per_s
 
 Contender = Literal[
-    "floor", "ours", "ours_eager", "transformers", "transformers_compiled", "torchtitan", "torchtitan_compiled"
+    "floor",
+    "ours",
+    "ours_pure",
+    "ours_eager",
+    "transformers",
+    "transformers_compiled",
+    "torchtitan",
+    "torchtitan_compiled",
 ]
 Shape = Literal["llama-1b", "tiny"]
 _OPTIM = OptimConfig(lr=1e-4, warmup=0, final=1.0)
+_PURE = ("ours_pure", "transformers")  # weights and moments in bf16 alone
 _WARM_UP, _ROUNDS = 2, 3
 _GATES = {"first_loss": 2e-3, "second_loss": 1e-2}
 _OUT_OF_MEMORY, _NOT_INSTALLED, _REFUSED = 3, 4, 5
@@ -59,7 +67,8 @@ class StepBenchConfig:
 
     Args:
         shape: "llama-1b": 16 layers of width 2048, 32:8 heads of 64, mlp 8192, 128,256 words, tied; "tiny" for trying.
-        contenders: who runs, in this order; "floor" is the step that nothing can go below.
+        contenders: who runs, in this order; "floor" is the step that nothing can go below. "ours" keeps fp32 weights
+            and moments, as torchtitan does; "ours_pure" has bf16 alone, as transformers has.
         activation_budget: of `ours`, whose blocks are compiled, as a plan has it: below 1 where activations do not fit.
         recompute: activation checkpointing of the others.
         steps: of each of three timed rounds.
@@ -117,12 +126,17 @@ def _batch(config: DecoderConfig, length: int) -> torch.Tensor:
 
 def _ours(cell: Cell, config: DecoderConfig, device: torch.device) -> tuple[Callable[[], Any], dict[str, Any]]:
     init_process_group(600.0, launch=discover())
-    compiled = cell.contender == "ours"
-    plan = Plan(context=1, compile=compiled, activation_budget=cell.activation_budget if compiled else 1.0)
+    compiled = cell.contender != "ours_eager"
+    plan = Plan(
+        context=1,
+        compile=compiled,
+        activation_budget=cell.activation_budget if compiled else 1.0,
+        precision="pure_bf16" if cell.contender == "ours_pure" else "auto",
+    )
     trainer = Trainer(TrainConfig(init=Path(cell.weights), optim=_OPTIM), config, plan, device)
     tokens = _batch(config, cell.length)
     batch = Batch(tokens=tokens[:, :-1], labels=tokens[:, 1:], lengths=None, num_labels=cell.length, position=0)
-    about = {"plan": trainer.plan.to_dict(), "notes": [f"fp32 master weights, {trainer.plan.precision} computation"]}
+    about = {"plan": trainer.plan.to_dict(), "notes": [f"precision {trainer.plan.precision}"]}
     return lambda: trainer.step(0, 1, [(batch, None)])["loss"], about
 
 
@@ -152,7 +166,8 @@ def measure(cell: Cell) -> Row:
         peak = peak_flop_per_s(device_name(device), preset_of(device), "bf16")
     if cell.contender == "floor":
         floor = measure_floor(config, cell.length, device, dtype)
-        return {**floor._asdict(), "step_s": [floor.step_s] * 3, "peak_flop_per_s": peak}
+        steps = {"step_s": [floor.step_s] * 3, "pure_step_s": [floor.pure_step_s] * 3}
+        return {**floor._asdict(), **steps, "peak_flop_per_s": peak}
     step, about = (_ours if cell.contender.startswith("ours") else _theirs)(cell, config, device)
     start = time.perf_counter()
     losses = [float(step())]
@@ -241,7 +256,8 @@ def _line(row: Row) -> str:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The record as a Markdown table; every ratio is to a row of the same length."""
+    """The record as a Markdown table; every ratio is to a row of the same length: of who keeps weights in bf16 alone,
+    to the floor with such an optimiser and to "ours_pure", where there are these."""
     lines = [
         "| length | who | step (ms) | tokens/s | MFU | floor ÷ step | peak (GiB) | ours ÷ it |",
         "|---:|---|---:|---:|---:|---:|---:|---:|",
@@ -253,10 +269,13 @@ def table(record: dict[str, Any]) -> str:
             continue
         same = {r["cell"]["contender"]: r for r in record["rows"] if r["cell"]["length"] == cell["length"]}
         ratios = []
-        for name, over in (("floor", True), ("ours", False)):
+        pure = cell["contender"].startswith(_PURE)
+        ours = "ours_pure" if pure and same.get("ours_pure", {"status": ""})["status"] == "ok" else "ours"
+        for name, over in (("floor", True), (ours, False)):
             other = same.get(name, {"status": ""})
             known = other["status"] == "ok" and cell["contender"] != name
-            pair = (other["step_s"][1], row["step_s"][1]) if known else (0, 1)
+            other_s = other.get("pure_step_s" if pure else "step_s", other.get("step_s"))
+            pair = (other_s[1], row["step_s"][1]) if known else (0, 1)
             ratios.append(f"{pair[0] / pair[1] if over else pair[1] / pair[0]:.3f}" if known else "")
         peak = f"{row['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in row else ""
         mfu = f"{row['mfu']:.3f}" if "mfu" in row else ""
