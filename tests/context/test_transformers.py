@@ -73,6 +73,8 @@ def _refused_on_ranks(rank: int, world: int) -> list[str]:
     said = []
     mine = batch | {"input_ids": (batch["input_ids"] + (rank == 1)) % VOCAB}
     local = shard_batch(batch, split)
+    padded = torch.ones_like(local["input_ids"])
+    padded[:, -1] = rank != 1
     unplaced = {name: x for name, x in local.items() if name != "position_ids"}
     for call in (
         lambda: shard_batch(mine, split),
@@ -80,6 +82,7 @@ def _refused_on_ranks(rank: int, world: int) -> list[str]:
         lambda: model(**unplaced),  # left out on all: right on rank 0
         lambda: model(**(batch if rank == 0 else local)),
         lambda: model(**local | {"output_attentions": rank == 1}),
+        lambda: model(**local | {"attention_mask": padded}),
         lambda: shard_batch({"input_ids": batch["input_ids"][:, : world - 1]}, split),
         lambda: model(**shard_batch(batch, split)),
     ):
@@ -157,8 +160,9 @@ def test_refused_on_every_rank(world: int) -> None:
         assert said[2].startswith(others if rank == 0 else own)
         assert said[3].startswith(own if rank == 0 else others)
         assert said[4].startswith("output_attentions must not reach" if rank == 1 else others)
-        assert f"each of {world} ranks needs a token, got {world - 1}" in said[5]
-        assert not said[6] and not any("\n" in message for message in said)
+        assert said[5].startswith("attention_mask must be all ones" if rank == 1 else others)
+        assert f"each of {world} ranks needs a token, got {world - 1}" in said[6]
+        assert not said[7] and not any("\n" in message for message in said)
 
 
 def test_shares_of_a_batch_join_to_its_shifted_labels() -> None:

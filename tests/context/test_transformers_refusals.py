@@ -133,8 +133,16 @@ def test_a_window_that_only_the_layer_or_the_mask_knows() -> None:
     ],
 )
 def test_masks_refused(function: Any, options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="must be causal"):
-        hf_refusals.mask_function(1, 23, 23, mask_function=function, **options)
+    refused = hf_refusals.mask_function(1, 23, 23, mask_function=function, **options)
+    assert "must be causal" in str(hf_refusals.refusal(refused))
+    model = small_model("Mistral", **WINDOW)
+    local = shard_batch(Case("").batch(), attach(model))
+    q, k = torch.randn(1, 4, 23, 6), torch.randn(1, 2, 23, 6)
+    ids = {"position_ids": local["position_ids"]}
+    assert refused is not None
+    for handed in (refused, torch.empty_like(refused)):  # a copy has lost the words
+        with pytest.raises(ValueError, match="must be causal"):
+            hf_attention.attention_function(model.model.layers[0].self_attn, q, k, k, handed, **ids)
 
 
 class _Odd(transformers.LlamaForCausalLM):

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from longspan.attention.masks import Mask, documents
 from longspan.context.attend import group_in_force
 from longspan.context.exchange import agree
-from longspan.context.hf_refusals import IGNORED, mask_function, refuse_model
+from longspan.context.hf_refusals import IGNORED, mask_function, refusal, refuse_mask, refuse_model
 from longspan.context.sequence import SequenceContext
 from longspan.layout.tokens import Layout
 
@@ -212,6 +212,8 @@ def _window(
     options: Mapping[str, Any],
 ) -> int | None:
     """A layer's window, or None; refuses a call that is not on the tokens, and with the options, of the split."""
+    if (why := refusal(attention_mask)) is not None:
+        raise ValueError(why)
     if dropout:
         raise ValueError(f"attention dropout must be 0, got {dropout}; set config.attention_dropout = 0.0")
     if options.get("is_causal") is False:
@@ -285,7 +287,7 @@ def shard_batch(batch: Mapping[str, Any], split: Split, mask: Mask | None = None
     _refuse_batch(given, split, tokens.shape[:2])
     num_tokens = int(tokens.shape[1])
     if "attention_mask" in given and not bool((given["attention_mask"] == 1).all()):
-        mask_function(len(tokens), num_tokens, num_tokens, attention_mask=given["attention_mask"] == 1)
+        refuse_mask(num_tokens, num_tokens, given["attention_mask"] == 1)
     positions = _positions(given.get("position_ids"), num_tokens)
     if mask is None:
         lengths = _lengths(positions)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 IGNORED = -100  # the label that transformers' losses skip
+_WHY = "longspan_refusal"
 _LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -57,11 +58,35 @@ def mask_function(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Tensor | None:
-    """Called by transformers once a forward pass for each kind of layer: refuses all that is no causal band.
+    """Called by transformers once a forward pass for each kind of layer, to make what its layers are handed.
 
-    Returns what the layers are handed: None for full attention, and for a window an empty tensor of ``window`` rows
-    (some layers do not know their window; the mask of the documents is the split's own, over the whole sequence).
+    Returns None for full attention, and for a window an empty tensor of ``window`` rows (some layers do not know their
+    window; the mask of the documents is the split's own, over the whole sequence). What is no causal band is refused by
+    the first layer that is handed it, where the other ranks are told (`refusal`): for it a tensor of no rows at all.
     """
+    chunk = getattr(options.get("config"), "attention_chunk_size", None)
+    own = use_vmap or (chunk is not None and chunk == local_size) or _sees_ahead(mask_function, q_length, device)
+    try:
+        refuse_mask(q_length, kv_length, attention_mask, own=own)
+    except ValueError as error:
+        refused = torch.empty((0, 0), dtype=torch.bool, device=device)
+        setattr(refused, _WHY, str(error))
+        return refused
+    return None if local_size is None else torch.empty((local_size, 0), dtype=torch.bool, device=device)
+
+
+def refusal(attention_mask: Tensor | None) -> str | None:
+    """Why the mask function refused the mask of a layer that is handed ``attention_mask``; None where it did not."""
+    if attention_mask is None or tuple(attention_mask.shape) != (0, 0):
+        return None
+    return getattr(
+        attention_mask, _WHY, "the model's mask must be causal, full or with a window, and it is not; see above"
+    )
+
+
+def refuse_mask(q_length: int, kv_length: int, attention_mask: Tensor | None, *, own: bool = False) -> None:
+    """Raises ValueError for padding, for keys that are not the queries' tokens, and where a model has a mask of its
+    ``own``."""
     if attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError(
             "attention_mask must be all ones on a split sequence, got zeros; pack rows as documents (position_ids that "
@@ -73,13 +98,11 @@ def mask_function(
             f"queries and keys must be the same local tokens, got {q_length} and {kv_length}: a split sequence has no "
             "key-value cache and no prefix; pass use_cache=False, and generate with an unsplit model"
         )
-    chunk = getattr(options.get("config"), "attention_chunk_size", None)
-    if use_vmap or (chunk is not None and chunk == local_size) or _sees_ahead(mask_function, q_length, device):
+    if own:
         raise ValueError(
             "the model's own mask must be causal, full or with a window, and it has an overlay, chunks or tokens that "
             "look ahead; pass such a mask to shard_batch as mask=, and use a model class without it"
         )
-    return None if local_size is None else torch.empty((local_size, 0), dtype=torch.bool, device=device)
 
 
 def _sees_ahead(function: Callable[..., Tensor] | None, length: int, device: torch.device | str) -> bool:
