@@ -14,7 +14,7 @@ import torch
 from torch._C._distributed_c10d import FileStore
 
 from longspan.bench import attention
-from longspan.bench.attention import AttentionBenchConfig, combine, run_attention_bench, table
+from longspan.bench.attention import AttentionBenchConfig, combine, run_attention_bench, table, with_times
 from longspan.bench.attention_cell import Cell, Job, Meeting, Problem, measure, solve
 from longspan.bench.record import key
 from longspan.context.methods import METHODS
@@ -93,6 +93,33 @@ def test_a_repetition_takes_as_long_as_its_slowest_rank() -> None:
     assert got["forward_formula_bytes"] == [100, 50]
     assert got["added_bytes_per_rank"] == [7, 9]
     assert got["excess"] == 0.4
+
+
+def test_rounds_add_up_to_one_row() -> None:
+    again = {**PART, "forward_s": [9.0], "both_s": [8.0]}
+    slow = {**PART, "forward_s": [1.0, 2.0, 7.0]}
+    later = with_times([again, again], [PART, slow])
+    assert [part["forward_s"] for part in later] == [[1.0, 2.0, 3.0, 9.0], [1.0, 2.0, 7.0, 9.0]]
+    assert later[0]["both_s"] == [2.0, 4.0, 6.0, 8.0] and combine(later)["forward_s"][1] == 4.5
+    red = [again, {"status": "red", "reason": "wrong"}]
+    assert with_times(red, [PART, slow]) == red
+
+
+@pytest.mark.slow
+def test_methods_take_turns(tmp_path, monkeypatch) -> None:
+    asked, measure = [], attention._Ranks.measure
+
+    def noting(self, job, timeout_s):
+        asked.append((job.cell.method, job.repetitions))
+        parts = measure(self, job, timeout_s)
+        return [{"status": "refused", "reason": "no"}] * 2 if job.cell.method == "double_ring" else parts
+
+    monkeypatch.setattr(attention._Ranks, "measure", noting)
+    assert run_attention_bench(small(tmp_path, methods=("double_ring", "ring"), rounds=3)) == 0
+    turn = [("zigzag", 2), ("ring", 2)]
+    assert asked == [turn[0], ("double_ring", 2), turn[1], *turn, *turn]
+    rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
+    assert [row["status"] for row in rows] == ["ok", "refused", "ok"]
 
 
 def test_a_cell_that_is_not_right_has_no_figures() -> None:

@@ -3,6 +3,7 @@
 ``longspan bench attention --network port --rate 100mbit --ranks 4`` starts each rank in a network namespace of its own
 (``bench.network``), passes every cell through its gate (``bench.attention_cell``) and then takes times: each repetition
 counts as long as its *slowest* rank took; median and quartiles are over repetitions. Bytes are counted by the kernel.
+In several rounds the methods of a problem take turns, so that a machine which is slower for a while is so to all.
 
 Every cell is appended to ``attention.jsonl`` when it is done, and one that is there is not measured again. A ratio is
 taken within one run only: where a cell is missing, the baseline of its problem is measured anew beside it.
@@ -57,7 +58,8 @@ class AttentionBenchConfig:
         kv_heads: KV heads, one or several.
         layout: token layout of every method; each method's own by default.
         histogram: JSON of document lengths; by default uniform from 1/32 to 1/4 of the length.
-        repetitions: timed passes of each kind.
+        repetitions: timed passes of each kind, in each round.
+        rounds: how often the methods of a problem take turns.
         threads: of each rank.
         cpu: cores, for instance 0.4, that each rank may use and no more, as on a host of its own; needs root. 0: ranks
             share the machine's cores.
@@ -81,6 +83,7 @@ class AttentionBenchConfig:
     histogram: Path | None = None
     seed: int = 0
     repetitions: int = 5
+    rounds: int = 1
     threads: int = 1
     cpu: float = 0.0
     timeout_s: float = 300.0
@@ -98,9 +101,11 @@ class AttentionBenchConfig:
             check_pattern(name)
         if not (self.masks and self.length and self.kv_heads):
             raise ValueError("masks, length and kv_heads must have a value each, got none; name at least one")
-        counts = (self.ranks, self.repetitions, self.threads, self.timeout_s)
+        counts = (self.ranks, self.repetitions, self.rounds, self.threads, self.timeout_s)
         if not min(counts) > 0:
-            raise ValueError(f"ranks, repetitions, threads and timeout_s must be positive, got {counts}; give numbers")
+            raise ValueError(
+                f"ranks, repetitions, rounds, threads and timeout_s must be positive, got {counts}; give numbers"
+            )
         if not 0 <= self.cpu <= (os.cpu_count() or 1):
             raise ValueError(f"cpu is a number of cores of this machine, or 0 for no limit, got {self.cpu}; pass 0.4")
         if self.network != "none" and self.ranks < 2:
@@ -258,20 +263,24 @@ def run_attention_bench(config: AttentionBenchConfig) -> int:
                 print(f"answer to {_title(asdict(cells[0].problem))} in float64 ...", flush=True)
                 solve(cells[0].problem, answer)
                 base = None
-                for cell in cells:
-                    if cell.method != config.baseline and key(asdict(cell)) in rows:
+                due = [cell for cell in cells if cell.method == config.baseline or key(asdict(cell)) not in rows]
+                found: dict[Cell, list[dict[str, Any]]] = {}
+                for number, cell in product(range(config.rounds), due):
+                    if number and found[cell][0]["status"] != "ok":
                         continue
                     try:
                         ranks = ranks or _Ranks(config, network, shares, folder)
-                        parts = ranks.measure(
-                            Job(cell=cell, answer=answer, repetitions=config.repetitions), config.timeout_s
-                        )
+                        job = Job(cell=cell, answer=answer, repetitions=config.repetitions)
+                        parts = ranks.measure(job, config.timeout_s)
                     except RanksLostError as error:
                         parts = [{"status": "failed", "reason": str(error)}]
                         if ranks is not None:
                             ranks.close()
                         ranks = None
-                    row = {"run": run, "versions": versions(), "cell": asdict(cell), **combine(parts)}
+                    found[cell] = with_times(parts, found[cell]) if number else parts
+                    if number + 1 < config.rounds and parts[0]["status"] == "ok":
+                        continue
+                    row = {"run": run, "versions": versions(), "cell": asdict(cell), **combine(found[cell])}
                     append_row(log, row)
                     rows[key(asdict(cell))] = row
                     base = row if cell.method == config.baseline else base
@@ -279,8 +288,8 @@ def run_attention_bench(config: AttentionBenchConfig) -> int:
         finally:
             if ranks is not None:
                 ranks.close()
-    found = [rows[key(asdict(cell))] for cells in wanted for cell in cells]
-    record = {**head("attention", run), "config": plain(config), "rows": found}
+    every = [rows[key(asdict(cell))] for cells in wanted for cell in cells]
+    record = {**head("attention", run), "config": plain(config), "rows": every}
     (config.out / "attention.json").write_text(json.dumps(record, indent=2) + "\n")
     (config.out / "attention.md").write_text(table(record))
     if len(cells := regrets(record["rows"])) >= LEAST_CELLS:
@@ -288,6 +297,16 @@ def run_attention_bench(config: AttentionBenchConfig) -> int:
         (config.out / "attention_choice.svg").write_text(heat_map(cells))
     print(f"results {config.out / 'attention.json'} and {config.out / 'attention.md'}")
     return int(any(row["status"] in ("red", "failed") for row in record["rows"]))
+
+
+def with_times(parts: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The ranks' parts of a round with the times of those before; where a round fails, as it failed."""
+    if any(part["status"] != "ok" for part in parts):
+        return parts
+    times = ("forward_s", "both_s")
+    return [
+        {**part, **{name: old[name] + part[name] for name in times}} for part, old in zip(parts, before, strict=True)
+    ]
 
 
 def combine(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
