@@ -90,13 +90,20 @@ def micros(plan: Plan, rank: int, num_micro: int, documents: bool) -> list[tuple
 
 
 def one_rank(
-    rank: int, world: int, plan: Plan, config: DecoderConfig, num_micro: int, documents: bool, built: bool
+    rank: int,
+    world: int,
+    plan: Plan,
+    config: DecoderConfig,
+    num_micro: int,
+    documents: bool,
+    built: bool,
+    device: str = "cpu",
 ) -> Any:
     from longspan.train.config import TrainConfig
     from longspan.train.loop import Trainer
 
     with mock.patch.dict(ActivationOffload.__init__.__kwdefaults__, min_bytes=0):
-        trainer = Trainer(TrainConfig(out=Path("unused"), seed=3), config, plan, torch.device("cpu"))
+        trainer = Trainer(TrainConfig(out=Path("unused"), seed=3), config, plan, torch.device(device))
     batches = micros(plan, rank, num_micro, documents)
     if built:  # as the data worker does it
         batches = [(batch, trainer.prepare(batch)) for batch, _ in batches]
@@ -105,7 +112,7 @@ def one_rank(
     for name, parameter in trainer.model.named_parameters():
         grad = parameter.grad
         assert grad is not None, name
-        part = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+        part = (grad.full_tensor() if isinstance(grad, DTensor) else grad).cpu().clone()
         grads[name] = (boxes.get(name, whole(tuple(part.shape))), part)
     return loss, norm, grads
 
