@@ -122,7 +122,7 @@ def test_ranks_that_disagree_are_refused_on_all_ranks(how: str) -> None:
             "all ranks must use one mask, layout, schedule, scale and shape, but ranks [1] differ"
         )
         assert "\n" not in message
-        assert waited_s < 5
+        assert waited_s < 30  # and not for the time-out, 60 s
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_ranks_that_disagree_are_refused_on_all_ranks(how: str) -> None:
 def test_a_rank_that_refuses_does_not_leave_the_others_waiting(how: str, own: str) -> None:
     (other, waited_s), (message, _) = run_ranks(ranked.refusal, 2, how)
     assert "but ranks [1] differ" in other and own in message
-    assert waited_s < 5
+    assert waited_s < 30
 
 
 def test_ranks_that_agree_are_not_refused() -> None:
