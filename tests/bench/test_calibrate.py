@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from longspan.attention.bands import rectangle
 from longspan.attention.masks import causal_band
 from longspan.bench import calibrate as calibrating
-from longspan.bench import kernels
+from longspan.bench import kernels, timing
 from longspan.bench.calibrate import Calibration, calibrate
 from longspan.bench.kernels import KernelBenchConfig, run_kernel_bench
 from longspan.context.choose import here
@@ -27,13 +29,12 @@ def found(error: float) -> Calibration:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_real_one_predicts_what_it_measured(dtype: torch.dtype) -> None:
+def test_a_real_one_predicts_what_it_measured(dtype: torch.dtype, monkeypatch) -> None:
+    # In processor time, of the one thread that tests have: others on a busy machine scatter the clock's by half.
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=time.process_time))
+    said: list[str] = []
     sizes: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 32, "copy_bytes": 1 << 24, "repetitions": 3}
-    for _ in range(3):  # a busy machine scatters times, so the best of three counts
-        said: list[str] = []
-        got = calibrate(CPU, dtype, **sizes, sizes=(64, 256, 512), say=said.append)
-        if got.median_error < 0.5:
-            break
+    got = calibrate(CPU, dtype, **sizes, sizes=(64, 256, 512), say=said.append)
     profile = got.profile
     assert len(got.measurements) == 2 * (9 + 3) == len(got.errors) and len(said) == 24 + 3
     assert profile.kernel == "cpu_flash" and profile.name in said[-1] and "worst" in said[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 
 import numpy as np
@@ -179,6 +180,7 @@ def test_a_released_handle_is_made_anew() -> None:
 
 
 def test_handles_of_attention_and_of_contexts_do_not_pile_up() -> None:
+    gc.collect()  # contexts that earlier tests have left must not go meanwhile
     before = len(run._TABLE)
     for s in range(2, 300):
         attention(torch.zeros(1, s, 1, 1), *(torch.zeros(1, s, 1, 1) for _ in "kv"), mask=masks.causal(s))
