@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from tests.processes import left_after
 from tests.ranks import _SERVER

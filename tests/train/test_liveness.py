@@ -168,8 +168,8 @@ print("left", flag.requested)
 def test_first_interrupt_is_a_flag_second_ends(deaf: bool) -> None:
     debounce_s = 1.5 if deaf else 60.0  # the three are one, however slowly they come
     code = INTERRUPT.format(deaf=deaf, debounce_s=debounce_s)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
+    argv, pipe = [sys.executable, "-c", code], subprocess.PIPE
+    process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
     assert process.stdout.readline() == "ready\n"
     for _ in range(3):  # one Ctrl-C, delivered three times
