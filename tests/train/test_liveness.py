@@ -97,6 +97,44 @@ def test_diagnosis_of_records(tmp_path: Path) -> None:
         assert "rank 1 has not answered in this run" in str(heart.diagnose())
 
 
+def test_a_rank_whose_collective_fails_a_little_later_is_not_blamed(tmp_path: Path) -> None:
+    here = {"host": socket.gethostname(), "pid": os.getpid(), "step": 7, "message": "", "beaten_s": time.time() - 9}
+    done = threading.Event()
+
+    def others() -> None:
+        """Rank 1 goes on computing; rank 2 waits as well, somewhat later than rank 0 does."""
+        waits_s = float("inf")
+        while not done.wait(0.02):
+            if waits_s == float("inf") and b"waiting" in (tmp_path / "rank_00000.json").read_bytes():
+                waits_s = time.monotonic() + 1.2
+            for rank, state in ((1, "running"), (2, "waiting" if time.monotonic() > waits_s else "running")):
+                record = json.dumps(here | {"state": state, "alive_s": time.time()})
+                (tmp_path / f"new_{rank}").write_text(record)
+                (tmp_path / f"new_{rank}").rename(tmp_path / f"rank_{rank:05d}.json")
+
+    with Heartbeat(tmp_path, 0, 3, interval_s=0.3) as heart:
+        thread = threading.Thread(target=others)
+        thread.start()
+        while not (tmp_path / "rank_00002.json").exists():
+            time.sleep(0.01)
+        said = heart.diagnose() or ""
+        done.set()
+        thread.join()
+    assert re.fullmatch(r"rank 1 has not answered for \d+ s \(stopped or hung\) at step 7", said), said
+
+
+def test_a_rank_that_looks_at_the_others_renews_its_record(tmp_path: Path) -> None:
+    """Else those that look at the same time would blame each other."""
+    with Heartbeat(tmp_path, 0, 2, interval_s=0.05) as heart:
+        heart._stop.set()  # as where the thread that renews is the one that looks
+        heart._thread.join()
+        other(tmp_path)
+        before_s = time.time()
+        heart.diagnose()
+        record = json.loads((tmp_path / "rank_00000.json").read_text())
+    assert record["state"] == "waiting" and record["alive_s"] >= before_s + 3 * 0.05
+
+
 def test_settings_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="interval_s must be above 0, got 0"):
         Heartbeat(tmp_path, 0, 1, interval_s=0)
