@@ -22,11 +22,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+from torch._C._distributed_c10d import TCPStore
 
+from tests.processes import left_after
 from tests.ranks import _SERVER
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 90.0  # of one command, far above what it takes: the machine may be busy
+END_S = 60.0  # of the end of one, likewise
 TINY = (
     "--model.width", "32", "--model.layers", "1", "--model.heads", "2", "--batch.length", "64", "--batch.tokens", "256",
     "--batch.steps", "6", "--eval.tokens", "0", "--data-workers", "0", "--prompt", "",
@@ -93,12 +96,18 @@ def forked(*argv: str, world: int = 1, slurm: bool = False, timeout_s: float = L
         slurm: the ranks find each other by Slurm's variables, not by torchrun's.
     """
     env: dict[str, str] = {}
+    store: TCPStore | None = None
     if world > 1:
-        env = {"MASTER_PORT": str(free_port())} | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
+        env = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
         if slurm:
             env |= {"SLURM_NTASKS": str(world), "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": "7"}
+            env |= {"MASTER_PORT": str(free_port())}
         else:
+            # The store is here, as torchrun holds it: a port that is only looked up may be another's when it is used.
+            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             env |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+            env |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            env |= {"TORCHELASTIC_RESTART_COUNT": "0"}
     with tempfile.TemporaryDirectory(prefix="longspan-cli-") as folder:
         ranks = [_fork(rank, argv, env, Path(folder)) for rank in range(world)]
         deadline_s = time.monotonic() + timeout_s
@@ -109,6 +118,7 @@ def forked(*argv: str, world: int = 1, slurm: bool = False, timeout_s: float = L
             rank.kill()
             rank.join()
         said = [[(Path(folder) / f"{rank}.{what}").read_text() for what in ("out", "err")] for rank in range(world)]
+    del store
     assert None not in codes, f"not ended after {timeout_s} s: {codes} {said}"
     assert len(set(codes)) == 1, (codes, said)
     return Result(int(codes[0] or 0), *said[0])
@@ -178,26 +188,17 @@ class Job:
         self.seen = {child.pid for child in psutil.Process(self.process.pid).children(recursive=True)}
         return self
 
-    def end(self, within_s: float = 30.0) -> Result:
+    def end(self) -> Result:
         """Waits for the end of the command; nothing that it started may be left."""
-        out, err = self.process.communicate(timeout=within_s)
+        out, err = self.process.communicate(timeout=END_S)
         self.leave_nothing()
         assert "Traceback" not in out + err, out + err
         return Result(self.process.returncode, out, err)
 
-    def leave_nothing(self, within_s: float = 10.0) -> None:
+    def leave_nothing(self) -> None:
         """Waits for the end of all that the command started: data workers end when they see that their rank has."""
-        deadline_s = time.monotonic() + within_s
-        while left := [pid for pid in self.seen if _lives(pid)]:
-            assert time.monotonic() < deadline_s, f"orphans: {left}"
-            time.sleep(0.05)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # in a container nobody may reap those
-    except psutil.NoSuchProcess:
-        return False
+        left = left_after(self.seen)
+        assert not left, f"orphans: {left}"
 
 
 @contextlib.contextmanager

@@ -48,9 +48,13 @@ _SERVER.set_forkserver_preload(
     ]
 )
 
+_MEET_S = 40.0  # how long ranks may take to start and to meet: on a busy machine seconds, and no part of a test
 _GRACE_S = 0.5  # how long, after one rank failed, the others may take to say that they failed first
-_LEAVE_S = 10.0  # how long ranks that have returned may take to leave their process group
+_LEAVE_S = 30.0  # how long ranks that have returned may take to leave their process group
+_STACK_S = 5.0  # how long ranks may take to say where they stand
+_STACK = "most recent call first"  # faulthandler's words
 _LOG_CHARS = 4000
+_MET = b"met"
 
 
 class RankError(RuntimeError):
@@ -76,12 +80,16 @@ class _Rank:
     log: Path
     result: Any = None
     failure: _Failure | None = None
+    met: bool = False
     answered: bool = False
 
     def read(self) -> None:
-        """Takes the rank's answer, or its death, whichever is there."""
+        """Takes the rank's word that all have met, or its answer, or its death, whichever is there."""
         try:
-            succeeded, self.result, self.failure = pickle.loads(self.pipe.recv_bytes())
+            if (message := self.pipe.recv_bytes()) == _MET:
+                self.met = True
+                return
+            succeeded, self.result, self.failure = pickle.loads(message)
             assert succeeded == (self.failure is None)
         except (EOFError, ConnectionResetError):
             self.process.join(_LEAVE_S)
@@ -114,7 +122,7 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float =
         fn: a function at the top level of a module (ranks import it by name).
         world: number of processes; the default process group joins them.
         args: anything that pickles; tensors are copied.
-        timeout_s: wall-clock limit for all of it, also of each collective.
+        timeout_s: wall-clock limit from when all ranks have met.
     Raises:
         RankError: a rank raised or died; names the rank that was first, with its traceback and output.
         TimeoutError: some rank had not returned in time; names it and says where it stood. All ranks are dead then.
@@ -128,15 +136,14 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float =
     job = pickle.dumps((fn, args, _filters()))
     folder = Path(tempfile.mkdtemp(prefix="longspan-ranks-"))
     ranks: list[_Rank] = []
-    deadline_s = time.monotonic() + timeout_s
     try:
         for rank in range(world):
             ranks.append(_start(rank, world, job, folder, timeout_s))
-        _collect(ranks, deadline_s, timeout_s)
+        _collect(ranks, timeout_s)
         for each in ranks:
             each.pipe.send_bytes(b"leave")
         for each in ranks:
-            each.process.join(max(0.0, min(deadline_s, time.monotonic() + _LEAVE_S) - time.monotonic()))
+            each.process.join(_LEAVE_S)
             if each.process.exitcode is None:
                 raise TimeoutError(
                     f"rank {each.rank} of {world} returned but did not leave its process group{each.said()}"
@@ -164,9 +171,10 @@ def _start(rank: int, world: int, job: bytes, folder: Path, timeout_s: float) ->
     return _Rank(rank, process, ours, log)
 
 
-def _collect(ranks: list[_Rank], deadline_s: float, timeout_s: float) -> None:
+def _collect(ranks: list[_Rank], timeout_s: float) -> None:
     """Reads every rank's answer; raises for the first that failed, or for those that did not answer in time."""
-    failed = False
+    failed = met = False
+    deadline_s = time.monotonic() + _MEET_S
     while waiting := [each for each in ranks if not each.answered]:
         ready = wait([each.pipe for each in waiting], max(0.0, deadline_s - time.monotonic()))
         for each in waiting:
@@ -175,11 +183,14 @@ def _collect(ranks: list[_Rank], deadline_s: float, timeout_s: float) -> None:
         if not failed and any(each.failure for each in ranks):
             # A failing rank brings others down with it, and theirs may be the message that arrives first.
             failed, deadline_s = True, min(deadline_s, time.monotonic() + _GRACE_S)
+        elif not failed and not met and all(each.met for each in ranks):
+            met, deadline_s = True, time.monotonic() + timeout_s
         elif not ready and failed:
             break
         elif not ready:
-            late = [each.rank for each in waiting]
-            raise TimeoutError(f"ranks {late} of {len(ranks)} had not returned after {timeout_s:g} s{_stacks(waiting)}")
+            late = [each.rank for each in waiting if met or not each.met]
+            what = f"had not returned after {timeout_s:g} s" if met else f"had not met the others after {_MEET_S:g} s"
+            raise TimeoutError(f"ranks {late} of {len(ranks)} {what}{_stacks(waiting)}")
     if failed:
         raise _first_error(ranks)
 
@@ -197,12 +208,14 @@ def _first_error(ranks: list[_Rank]) -> RankError:
 
 
 def _stacks(ranks: list[_Rank]) -> str:
-    """Asks the ranks where they stand. A stopped rank cannot answer; its output so far is then all there is."""
+    """Asks the ranks where they stand. A stopped rank does not answer; its output so far is then all there is."""
     for each in ranks:
         if each.process.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(each.process.pid, signal.SIGUSR1)
-    time.sleep(0.2)
+    deadline_s = time.monotonic() + _STACK_S
+    while not all(_STACK in each.said() for each in ranks) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
     return "".join(each.said() for each in ranks)
 
 
@@ -240,8 +253,9 @@ def _main(rank: int, world: int, job: bytes, folder: str, timeout_s: float, pipe
             init_method=f"file://{folder}/store",
             rank=rank,
             world_size=world,
-            timeout=datetime.timedelta(seconds=timeout_s),
+            timeout=datetime.timedelta(seconds=max(timeout_s, _MEET_S)),
         )
+        pipe.send_bytes(_MET)
         answer = pickle.dumps((True, fn(rank, world, *args), None))
     except BaseException as error:  # whatever it was, the test must hear of it, from SystemExit to a failed assertion
         when_s = time.monotonic()

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import time
 import warnings
+from typing import Any
 
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.processes import left_after
 from tests.ranks import RankError, run_ranks
 
 
@@ -83,14 +84,12 @@ def test_a_killed_rank_is_named_with_its_last_words() -> None:
 
 def test_a_hang_ends_and_says_where(tmp_path) -> None:
     start_s = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"ranks \[0\] of 2 had not returned after 2 s") as caught:
-        run_ranks(_hang, 2, str(tmp_path), timeout_s=2)
-    assert time.monotonic() - start_s < 10
+    with pytest.raises(TimeoutError, match=r"ranks \[0\] of 2 had not returned after 3 s") as caught:
+        run_ranks(_hang, 2, str(tmp_path), timeout_s=3)
+    assert time.monotonic() - start_s < 100  # it would be 300
     assert "_sit_here" in str(caught.value)
     pids = {int(pid) for rank in range(2) for pid in (tmp_path / str(rank)).read_text().split()}
-    assert len(pids) == 3
-    for pid in pids:
-        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert len(pids) == 3 and not left_after(pids)
 
 
 def test_a_warning_in_a_rank_is_an_error_as_in_the_test_itself() -> None:
@@ -110,12 +109,26 @@ def test_only_functions_that_ranks_can_import() -> None:
         run_ranks(_rank, 0)
 
 
-def test_starting_two_ranks_is_quick() -> None:
-    run_ranks(_rank, 1)  # the first call starts the server
-    times_s = []
-    for _ in range(3):
-        start_s = time.monotonic()
-        run_ranks(_rank, 2)
-        times_s.append(time.monotonic() - start_s)
-    # The best of three: other programs may be busy on this machine. Spawning would take several times this.
-    assert min(times_s) < 1.5, f"two ranks took {times_s} s; is torch still preloaded in the server?"
+class _SlowToLoad:
+    """An argument that takes a rank three seconds to read, before it meets the others."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return time.sleep, (3.0,)
+
+
+def _given(rank: int, world: int, argument: object) -> object:
+    return argument
+
+
+def test_the_limit_is_of_what_ranks_do_once_they_have_met() -> None:
+    assert run_ranks(_given, 2, _SlowToLoad(), timeout_s=2) == [None, None]
+
+
+def _spent_s(rank: int, world: int) -> float:
+    return time.process_time()
+
+
+def test_starting_two_ranks_costs_little() -> None:
+    # Processor time: other programs may be busy on this machine. A rank that imports torch spends several times this.
+    spent_s = min(max(run_ranks(_spent_s, 2)) for _ in range(3))
+    assert spent_s < 0.5, f"two ranks spent {spent_s} s before they met; is torch still preloaded in the server?"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from longspan.attention.bands import rectangle
 from longspan.attention.masks import causal_band
 from longspan.bench import calibrate as calibrating
-from longspan.bench import kernels
+from longspan.bench import kernels, timing
 from longspan.bench.calibrate import Calibration, calibrate
 from longspan.bench.kernels import KernelBenchConfig, run_kernel_bench
 from longspan.context.choose import here
@@ -27,7 +29,9 @@ def found(error: float) -> Calibration:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_real_one_predicts_what_it_measured(dtype: torch.dtype) -> None:
+def test_a_real_one_predicts_what_it_measured(dtype: torch.dtype, monkeypatch) -> None:
+    # In processor time, of the one thread that tests have: others on a busy machine scatter the clock's by half.
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=time.process_time))
     said: list[str] = []
     sizes: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 32, "copy_bytes": 1 << 24, "repetitions": 3}
     got = calibrate(CPU, dtype, **sizes, sizes=(64, 256, 512), say=said.append)
@@ -35,7 +39,7 @@ def test_a_real_one_predicts_what_it_measured(dtype: torch.dtype) -> None:
     assert len(got.measurements) == 2 * (9 + 3) == len(got.errors) and len(said) == 24 + 3
     assert profile.kernel == "cpu_flash" and profile.name in said[-1] and "worst" in said[-1]
     assert 1e8 < profile.memory_bytes_per_s < 1e13 and 0 <= profile.block_s < 0.1
-    assert got.median_error < 0.5  # the machine may be busy
+    assert got.median_error < 0.5
     assert profile.peak_flop_per_s[0][0] == str(dtype).removeprefix("torch.")
     assert DeviceProfile.from_json(profile.to_json()) == profile
 

@@ -8,15 +8,16 @@ import time
 from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
 from longspan.bench import channels
 from longspan.bench.local_ranks import JOIN, Ranks, run_checks
+from tests.processes import lives
 
 CPU = torch.device("cpu")
+LATE_S = 8.0  # of ranks that never answer: twenty times what they need to start and to meet
 
 
 def _says(group: dist.ProcessGroup, device: torch.device) -> str:
@@ -63,7 +64,7 @@ def _unmasked(group: dist.ProcessGroup, device: torch.device) -> str:
     return channels.split_attention(group, device)
 
 
-def outcomes(*checks, timeout_s: float = 30.0):
+def outcomes(*checks, timeout_s: float = 90.0):
     named = [(check.__name__, check) for check in checks]
     return run_checks(named, Ranks(devices=(CPU, CPU), timeout_s=timeout_s))
 
@@ -83,7 +84,7 @@ def test_the_rank_that_failed_is_named_and_the_rest_is_not_reached(bad, says: st
     assert first.status == "ok"
     assert (failed.name, failed.status) == (bad.__name__, "failed") and says in failed.text
     assert (after.status, after.text) == ("not reached", f"{bad.__name__!r} failed")
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60  # and not until the time is up
 
 
 def _late_on_0(file: str, group: dist.ProcessGroup, device: torch.device) -> str:
@@ -108,8 +109,8 @@ def test_a_rank_goes_on_once_all_have_answered(tmp_path: Path) -> None:
 
 
 def test_a_silent_rank_is_late() -> None:
-    _, failed = outcomes(_sleeps_on_1, timeout_s=3.0)
-    assert (failed.status, failed.text) == ("failed", "no answer within 3 s from rank 1")
+    _, failed = outcomes(_sleeps_on_1, timeout_s=LATE_S)
+    assert (failed.status, failed.text) == ("failed", f"no answer within {LATE_S:g} s from rank 1")
 
 
 def _leaves_its_number_and_sleeps(folder: str, group: dist.ProcessGroup, device: torch.device) -> str:
@@ -120,10 +121,10 @@ def _leaves_its_number_and_sleeps(folder: str, group: dist.ProcessGroup, device:
 
 def test_ranks_are_gone_afterwards(tmp_path: Path) -> None:
     check = partial(_leaves_its_number_and_sleeps, str(tmp_path))
-    _, failed = run_checks([("sleep", check)], Ranks(devices=(CPU, CPU), timeout_s=3.0))
+    _, failed = run_checks([("sleep", check)], Ranks(devices=(CPU, CPU), timeout_s=LATE_S))
     assert failed.status == "failed" and "rank 0, 1" in failed.text
     numbers = [int(path.name) for path in tmp_path.iterdir()]
-    assert len(numbers) == 2 and not any(psutil.pid_exists(number) for number in numbers)
+    assert len(numbers) == 2 and not any(map(lives, numbers))
 
 
 def test_every_collective_of_gloo_on_three_ranks() -> None:

@@ -16,10 +16,10 @@ from longspan.bench.shares import ShareError, cpu_shares, join
 _BUSY = """
 import sys, time
 sys.stdin.readline()
-start = time.monotonic()
+start, spent = time.monotonic(), time.process_time()
 while time.monotonic() < start + 1:
     pass
-print(time.process_time())
+print((time.process_time() - spent) / (time.monotonic() - start))
 """
 
 
@@ -39,9 +39,9 @@ def test_a_busy_process_gets_its_share() -> None:
             [sys.executable, "-c", _BUSY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         join(groups[1], process.pid)
-        used_s = float(process.communicate("go\n", timeout=20)[0])
+        used = float(process.communicate("go\n", timeout=60)[0])
         assert len({*groups}) == 2
-    assert 0.05 < used_s < 0.4  # of a second; it needs a little to start, before it joins
+    assert 0.05 < used < 0.4
     assert not any(group.exists() for group in groups)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 
 import numpy as np
@@ -122,7 +123,7 @@ def test_ranks_that_disagree_are_refused_on_all_ranks(how: str) -> None:
             "all ranks must use one mask, layout, schedule, scale and shape, but ranks [1] differ"
         )
         assert "\n" not in message
-        assert waited_s < 5
+        assert waited_s < 30  # and not for the time-out, 60 s
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_ranks_that_disagree_are_refused_on_all_ranks(how: str) -> None:
 def test_a_rank_that_refuses_does_not_leave_the_others_waiting(how: str, own: str) -> None:
     (other, waited_s), (message, _) = run_ranks(ranked.refusal, 2, how)
     assert "but ranks [1] differ" in other and own in message
-    assert waited_s < 5
+    assert waited_s < 30
 
 
 def test_ranks_that_agree_are_not_refused() -> None:
@@ -179,6 +180,7 @@ def test_a_released_handle_is_made_anew() -> None:
 
 
 def test_handles_of_attention_and_of_contexts_do_not_pile_up() -> None:
+    gc.collect()  # contexts that earlier tests have left must not go meanwhile
     before = len(run._TABLE)
     for s in range(2, 300):
         attention(torch.zeros(1, s, 1, 1), *(torch.zeros(1, s, 1, 1) for _ in "kv"), mask=masks.causal(s))

@@ -123,7 +123,7 @@ def error(found: Found, expected: Found) -> float:
 @lru_cache
 def _on_ranks(world: int) -> tuple[list[Found], list[list[str]]]:
     """All cases at once: each rank takes seconds to import transformers."""
-    found = run_ranks(results, world, CASES, timeout_s=110)
+    found = run_ranks(results, world, CASES, timeout_s=250)
     return found[0][0], [said for _, said in found]
 
 

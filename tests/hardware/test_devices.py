@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 
+from longspan.bench.timing import release_memory
 from longspan.hardware import devices as module
 from longspan.hardware.devices import (
     default_device,
@@ -72,6 +73,7 @@ def test_ranks_take_cards_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_peak_is_of_memory_that_was_used() -> None:
+    release_memory()  # what earlier tests have left is not to go meanwhile
     if not reset_peak_memory("cpu"):
         pytest.skip("this system does not reset the peak")
     before = peak_memory_bytes("cpu")
@@ -95,9 +97,13 @@ def test_without_proc_the_peak_is_the_kernels_and_stays(tmp_path: Path, monkeypa
 
 
 def test_links_are_up() -> None:
-    stats = psutil.net_if_stats()
+    def up() -> set[str]:
+        return {name for name, state in psutil.net_if_stats().items() if state.isup}
+
+    before = up()
     found = [link for link in links() if link.kind != "peer"]
-    assert {link.name for link in found} == {name for name, state in stats.items() if state.isup}
+    after = up()  # others may make and remove links at any moment
+    assert before & after <= {link.name for link in found} <= before | after
     assert all(link.bytes_per_s is None or link.bytes_per_s > 0 for link in found)
 
 

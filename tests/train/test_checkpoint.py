@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,18 @@ def test_latest_is_the_one_written_last_also_after_going_back(tmp_path: Path) ->
     store.save_async(9, model, optimizer, {"branch": 2})  # the same step again replaces the other branch's
     assert store.wait() and store.list() == [1, 2, 3, 9] and store.meta() == {"branch": 2}
     store.verify(store.path(9))
+
+
+def test_a_checkpoint_that_the_run_removes_meanwhile_is_not_listed(tmp_path: Path) -> None:
+    """As for a reader beside a run: an old one goes after its folder was seen and before it was looked into."""
+
+    class Reader(CheckpointStore):
+        def _order(self, step: int) -> int:
+            shutil.rmtree(self.path(1), ignore_errors=True)
+            return super()._order(step)
+
+    saved(tmp_path, [1, 2, 3])
+    assert Reader(tmp_path, read_only=True).list() == [2, 3]
 
 
 def test_before_the_first_step_there_is_no_optimiser_state(tmp_path: Path) -> None:

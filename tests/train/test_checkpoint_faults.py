@@ -62,29 +62,36 @@ for step in range(100000):
 """
 
 
+def stop_inside_a_save(process: subprocess.Popen[str], directory: Path, delay_s: float) -> None:
+    """Stops the process so long after it was last seen, and again until that was in the middle of a save."""
+    while True:
+        time.sleep(delay_s)
+        process.send_signal(signal.SIGSTOP)
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), status
+        if any(path.suffix == ".partial" for path in directory.iterdir()):
+            return
+        process.send_signal(signal.SIGCONT)
+
+
 def test_kill_at_any_moment_of_a_save_leaves_only_checkpoints_that_are_whole(tmp_path: Path) -> None:
-    kills = 0
-    for delay_s in (0.004, 0.011, 0.017, *(0.002 * turn for turn in range(15))):
+    for delay_s in (0.004, 0.011, 0.017):
         process = subprocess.Popen(
             [sys.executable, "-c", SAVE_UNTIL_KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None
         for _ in range(4):
             assert process.stdout.readline()
-        time.sleep(delay_s)
+        stop_inside_a_save(process, tmp_path, delay_s)
         process.kill()
         process.wait()
         process.stdout.close()
-        kills += any(path.name.endswith(".partial") for path in tmp_path.iterdir())
         store = CheckpointStore(tmp_path, keep=2)
         assert store.list() and not any(path.suffix for path in tmp_path.iterdir())
         for step in store.list():
             model = nn.Linear(300, 300)
             assert store.load(step, model) == {"step": step}
             assert (model.weight == step).all()
-        if kills == 2:  # most fall into a save; on a busy machine the delays are not what they say
-            break
-    assert kills, "no kill fell into a save: the test did not test"
 
 
 def lose_the_disk(rank: int, world: int, directory: str) -> tuple[list[bool], list[int], list[str], Flat]:
@@ -175,11 +182,12 @@ def test_a_defect_is_not_taken_for_a_full_disk(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
+    threads = threading.active_count()
     store, _ = saved(tmp_path, [5])
     manifest = read_manifest(store.path(5))
     assert set(manifest["files"]) | {"manifest.json"} == {path.name for path in store.path(5).iterdir()}
     assert manifest["step"] == 5 and json.loads((store.path(5) / "manifest.json").read_text())["digest"]
-    assert threading.active_count() < 10
+    assert threading.active_count() <= threads
 
 
 def lose_a_peer(rank: int, world: int, directory: str) -> str:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,11 +21,13 @@ from longspan.train.checkpoint import CheckpointStore
 from longspan.train.launch import Launch, discover, init_process_group, local_ranks
 from longspan.train.liveness import INTERRUPTED
 from longspan.train.slurm import parse_counts, parse_nodelist, slurm_port
+from tests.processes import left_after
 from tests.ranks import run_ranks
 from tests.train.toy import build
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 90.0  # of one job, far above what it takes: the machine may be busy
+END_S = 60.0  # of its end
 
 TORCHRUN = {
     "RANK": "5",
@@ -189,8 +190,8 @@ class Job:
         return self
 
     def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=LIMIT_S)
-        assert not [pid for pid in self.pids if psutil.pid_exists(pid)], "orphans"
+        out, err = self.process.communicate(timeout=END_S)
+        assert not left_after(self.pids), "orphans"
         assert "Traceback" not in out + err
         return self.process.returncode, out, err
 
@@ -273,12 +274,11 @@ def test_a_failure_after_an_interrupt_is_said(
 
 
 def test_a_killed_rank_is_named_and_the_job_resumes(tmp_path: Path) -> None:
-    with job(tmp_path / "run", "--steps", "1000", "--pause", "0.02", "--shard") as running:
+    # That the job ends in END_S shows that nobody waits for the time-out of a collective.
+    with job(tmp_path / "run", "--steps", "1000", "--pause", "0.02", "--shard", "--timeout", "90") as running:
         running.wait_for(7)
         os.kill(running.pids[1], signal.SIGKILL)
-        start_s = time.monotonic()
         code, _, err = running.end()
-        assert time.monotonic() - start_s < 30
     assert code == 128 + signal.SIGKILL
     assert one_line(err).startswith("longspan: error: rank 1 was killed by signal 9 (SIGKILL)")
     assert one_line(err).endswith("continue with --resume latest")

@@ -86,7 +86,8 @@ def test_a_slow_run_reaches_the_full_length(tmp_path: Path, step_s: float, lengt
     assert run_ranks(train_slowly, 1, str(out), str(data), step_s) == [True]
     assert [record["sequence_length"] for record in records(out)] == lengths
     *left_out, stopped = [record["message"] for record in records(out, "event")]
-    assert left_out and all("left out" in message for message in left_out) and "time limit" in stopped
+    assert len(left_out) == len(set(lengths)) - 1 and all("left out" in message for message in left_out)
+    assert left_out[-1].endswith("to 90 left out, to keep within 100 s") and "time limit" in stopped
 
 
 def train_with_evaluation(rank: int, world: int, out: str, data: str) -> int:

@@ -125,7 +125,7 @@ def test_a_reader_that_left_does_not_end_the_training() -> None:
         "print('alive', flush=True)\n"  # and the interpreter's end finds nothing left to write
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=20)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=90)
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
 
 

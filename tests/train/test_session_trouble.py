@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.longspan_cli import Job, forked, job, losses, records, train
+from tests.longspan_cli import END_S, Job, forked, job, losses, records, train
 
 # With data workers: they are processes too, and must not outlive their rank.
 LONG = ("--batch.steps", "100000", "--plan.shard", "zero3", "--data-workers", "1", "--ranks", "2")
@@ -46,7 +46,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
     with job(tmp_path / "run", *train(tmp_path / "run", *LONG, "--save-every", "3")) as running:
         running.wait_for(7)
         os.kill(running.rank(1), signal.SIGKILL)
-        result = running.end(within_s=30)
+        result = running.end()
     line = result.refusal(128 + signal.SIGKILL)
     assert line.startswith("rank 1 was killed by signal 9 (SIGKILL)")
     assert line.endswith("checkpoints are kept: go on with --resume latest")
@@ -58,7 +58,7 @@ def test_a_rank_killed_before_the_first_save_leaves_nothing_to_go_on_with(tmp_pa
     with job(tmp_path / "run", *train(tmp_path / "run", *LONG)) as running:
         running.wait_for(2)
         os.kill(running.rank(1), signal.SIGKILL)
-        line = running.end(within_s=30).refusal(128 + signal.SIGKILL)
+        line = running.end().refusal(128 + signal.SIGKILL)
     assert "--resume" not in line and "checkpoints" not in line
 
 
@@ -70,7 +70,7 @@ def test_a_data_worker_that_dies_costs_no_step(tmp_path: Path) -> None:
         # The forkserver is rank 1's child, and the worker the forkserver's.
         (worker,) = (child for child in parent.children(recursive=True) if child.ppid() != parent.pid)
         worker.kill()
-        line = running.end(within_s=60).refusal(1)
+        line = running.end().refusal(1)
     last = max(losses(tmp_path / "run"))
     said = "rank 1: the data worker died (killed by SIGKILL): resume from the last checkpoint"
     assert line == f"{said} (checkpoint step_{last:06d} saved); checkpoints are kept: go on with --resume latest"
@@ -83,7 +83,7 @@ def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
     with job(tmp_path / "run", *train(tmp_path / "run", *LONG, "--save-every", "3", "--timeout-s", "5")) as running:
         running.wait_for(7)  # the save of step 6 has begun: that of step 3 has ended
         os.kill(running.rank(1), signal.SIGSTOP)
-        line = running.end(within_s=40).refusal(1)
+        line = running.end().refusal(1)
     assert line.startswith("rank 1 has not answered for ") and "(stopped or hung) at step " in line
     resumes(running, 2)
 
@@ -103,8 +103,8 @@ def test_a_launcher_that_is_killed_leaves_no_orphans(tmp_path: Path) -> None:
     with job(tmp_path / "run", *train(tmp_path / "run", *LONG, "--save-every", "3")) as running:
         running.wait_for(4)
         running.process.kill()
-        running.process.communicate(timeout=30)
-        running.leave_nothing(within_s=20)
+        running.process.communicate(timeout=END_S)
+        running.leave_nothing()
     resumes(running, 2)
 
 

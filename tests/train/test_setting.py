@@ -137,14 +137,15 @@ def test_what_was_left_out_is_said(tmp_path: Path) -> None:
 
 
 def read_slowly(rank: int, world: int, store: str) -> int:
+    dist.barrier()  # they meet again within the time of a collective
     dist.destroy_process_group()
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=1)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=4)
     )
     group = patient_group()
 
     def read() -> int:
-        time.sleep(2.5)
+        time.sleep(6)
         return 7
 
     found = first_on_rank_0(read, group)
@@ -208,10 +209,11 @@ def test_time_left_is_of_this_session() -> None:
 
 def test_steps_left_out_are_recorded_and_the_full_length_is_reached(tmp_path: Path) -> None:
     options = ("--batch.steps", "100000", "--batch.start-length", "16", "--batch.warmup-fraction", "0.9")
-    forked(*train(tmp_path / "run", *options, "--limit-s", "2")).good()
+    forked(*train(tmp_path / "run", *options, "--limit-s", "3")).good()
     left_out = [record["message"] for record in records(tmp_path / "run", "event")][:-1]
-    assert len(left_out) == 2 and all("left out, to keep within 2 s" in message for message in left_out)
-    assert left_out[1].startswith("steps ") and " to 90000 left out" in left_out[1]
+    # A machine whose first step takes half of the time leaves both lengths out at once.
+    assert len(left_out) in (1, 2) and all("left out, to keep within 3 s" in message for message in left_out)
+    assert left_out[-1].startswith("steps ") and " to 90000 left out" in left_out[-1]
     steps = records(tmp_path / "run")
     assert steps[-1]["sequence_length"] == 64 and [record["step"] for record in steps] == sorted(
         losses(tmp_path / "run")

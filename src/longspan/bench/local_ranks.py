@@ -31,6 +31,7 @@ from torch._C._distributed_c10d import FileStore
 Check = Callable[[dist.ProcessGroup, torch.device], str]
 JOIN = "ranks meet"
 _GRACE_S = 1.0  # how long the other ranks may take to say that they failed too, or first
+_END_S = 10.0  # how long the fork server may take to tell how a rank has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,7 @@ def _collect(ranks: list[_Rank], num: int, timeout_s: float) -> bool:
             try:
                 passed, text = each.pipe.recv()
             except (EOFError, ConnectionResetError):
-                each.process.join(_GRACE_S)
+                each.process.join(_END_S)
                 each.died, passed, text = True, False, _end(each.process.exitcode)
             if passed:
                 each.done.append(text)

@@ -29,6 +29,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -115,7 +116,11 @@ class CheckpointStore:
             return []
         steps = [step for path in self.directory.iterdir() if (step := step_of(path)) is not None]
         order = {step: float(self._order(step)) for step in steps}
-        written = {step: self.path(step).stat().st_mtime_ns for step in steps}
+        written = {}
+        for step in steps:
+            with suppress(FileNotFoundError):  # the run that writes here has removed it meanwhile, as an old one
+                written[step] = self.path(step).stat().st_mtime_ns
+        steps = list(written)
         for step in [step for step in steps if order[step] == 0]:  # damaged: by its date, so that it is not passed over
             order[step] = 0.5 + max((order[s] for s in steps if written[s] <= written[step]), default=0.0)
         return sorted(steps, key=lambda step: (order[step], step))

@@ -32,6 +32,7 @@ LAUNCHER_PID = "LONGSPAN_LAUNCHER_PID"  # set by launch.local_ranks for the rank
 INTERRUPTED = 130  # exit code of a run that was asked to leave, as a shell would give it
 _RECORD_BYTES = 2048
 _GRACE_S = 5.0  # for the last words of a rank that its launcher ends
+_LOOKS = 4  # at the records, three intervals apart, before several ranks are blamed
 
 
 class LostRankError(RuntimeError):
@@ -144,11 +145,28 @@ class Heartbeat:
             self._watched_since_s = None
 
     def diagnose(self) -> str | None:
-        """Which rank keeps the others waiting, in words; None if none can be told. Takes about three intervals."""
+        """Which rank keeps the others waiting, in words; None if none can be told. Takes about three intervals, and up
+        to four times that where several ranks look busy: collectives of some may fail a little later than ours."""
         self._state = "waiting"
         self._renew()
         before = [self._read(rank) for rank in range(self.world_size)]
-        time.sleep(3 * self.interval_s)
+        silent: list[str] = []
+        busy: list[tuple[int, int, float]] = []
+        for _ in range(_LOOKS):
+            for _ in range(3):
+                time.sleep(self.interval_s)
+                self._renew()  # the thread that does may be the one that is here, and others may look too
+            silent, busy = self._look(before)
+            if silent or len(busy) < 2:
+                break
+        if not silent and busy:
+            # All others wait and say so: who still computes is the one to blame, the one furthest behind first.
+            at = min(step for step, _, _ in busy)
+            silent = [_silence(rank, waited_s, step) for step, rank, waited_s in busy if step == at]
+        return "; ".join(silent) or None
+
+    def _look(self, before: list[dict[str, Any]]) -> tuple[list[str], list[tuple[int, int, float]]]:
+        """What is wrong with ranks by their records, in words; and step, rank and seconds in it of those at work."""
         after = [self._read(rank) for rank in range(self.world_size)]
         now = time.time()
         silent, busy = [], []
@@ -162,11 +180,7 @@ class Heartbeat:
                 silent.append(_say_silent(rank, record, now - record["alive_s"]))
             elif record["state"] == "running":
                 busy.append((record["step"], rank, now - record["beaten_s"]))
-        if not silent and busy:
-            # All others wait and say so: who still computes is the one to blame, the one furthest behind first.
-            at = min(step for step, _, _ in busy)
-            silent = [_silence(rank, waited_s, step) for step, rank, waited_s in busy if step == at]
-        return "; ".join(silent) or None
+        return silent, busy
 
     def _path(self, rank: int) -> Path:
         return self.directory / f"rank_{rank:05d}.json"
