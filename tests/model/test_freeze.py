@@ -9,6 +9,7 @@ from longspan.mixers.config import AttentionConfig
 from longspan.model.config import DecoderConfig, MlpConfig
 from longspan.model.decoder import DecoderLM, build
 from longspan.model.freeze import freeze, matches
+from longspan.model.part import ModelPart
 
 DECODER = DecoderConfig(
     num_layers=12,
@@ -57,6 +58,20 @@ def test_what_is_frozen_gets_no_gradient() -> None:
     tokens = torch.arange(7)[None]
     model.loss(tokens, tokens)[0].backward()
     assert {name for name, p in model.named_parameters() if p.grad is None} == frozen(model)
+
+
+def test_patterns_are_of_the_whole_of_which_a_model_is_a_part() -> None:
+    names = [name for name, _ in build(DECODER).named_parameters()]
+    first = build(DECODER, part=ModelPart(layers=(0, 1), last=False))
+    last = build(DECODER, part=ModelPart(layers=(2, 3), first=False))
+    patterns = ["embed", "blocks.0-1", "blocks.3"]
+    assert set(freeze(first, patterns, names)) == frozen(first) == {name for name, _ in first.named_parameters()}
+    assert set(freeze(last, patterns, names)) == frozen(last)
+    assert frozen(last) == {name for name, _ in last.named_parameters() if name.startswith("blocks.3.")}
+    with pytest.raises(ValueError, match="got 'embed'"):
+        freeze(last, patterns)
+    with pytest.raises(ValueError, match="got 'blcoks'"):
+        freeze(last, ["blcoks"], names)
 
 
 def test_nothing_asked_for_freezes_nothing() -> None:

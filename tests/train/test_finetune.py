@@ -121,13 +121,33 @@ def test_adapters_are_learnt_alone_and_small(given: Path, adapted: Path) -> None
     assert config["base_model_name_or_path"] == str(given / "model") and not (adapted / "model").exists()
 
 
+SPLIT = ("--plan.tensor", "2", "--plan.pipeline", "2")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [("--plan.shard", "zero3"), ("--plan.recompute", "full"), ("--plan.data", "2")])
-def test_other_plans_learn_the_same(given: Path, adapted: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
-    plan = ("--plan.context", "1") if "--plan.data" in options else ()
-    forked(*arguments(given, tmp_path / "run", *LORA, *options, *plan), world=2 if plan else 1).good()
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [(1, ("--plan.shard", "zero3")), (1, ("--plan.recompute", "full")), (2, ("--plan.data", "2")), (4, SPLIT)],
+)
+def test_other_plans_learn_the_same(
+    given: Path, adapted: Path, tmp_path: Path, world: int, options: tuple[str, ...]
+) -> None:
+    plan = ("--plan.context", "1") if world > 1 else ()
+    forked(*arguments(given, tmp_path / "run", *LORA, *options, *plan), world=world).good()
     other = losses(tmp_path / "run")
     assert all(abs(other[step] - loss) < 1e-4 for step, loss in losses(adapted).items())
+
+
+def test_adapters_of_stages_are_resumed_and_exported(given: Path, adapted: Path, tmp_path: Path) -> None:
+    """A run on two ranks that share the layers goes on from one whose ranks share the tokens."""
+    again = stop_at_4(adapted, tmp_path / "again")
+    options = ("--plan.pipeline", "2", "--plan.context", "1", "--plan.pipeline-schedule", "gpipe")
+    forked(*arguments(given, again, *LORA, *options, "--resume", "latest"), world=2).good()
+    assert all(abs(losses(again)[step] - loss) < 1e-4 for step, loss in losses(adapted).items())
+    forked("export", str(again), "--out", str(tmp_path / "alone"), "--form", "adapter").good()
+    name = "adapter_model.safetensors"
+    want, got = load_file(again / "adapter" / name), load_file(tmp_path / "alone" / name)
+    assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) for key in want)
 
 
 @pytest.mark.slow
@@ -216,6 +236,8 @@ def test_adapters_are_exported_merged_or_alone(given: Path, adapted: Path, tmp_p
     [
         ("--plan.shard", "zero3"),
         pytest.param(("--plan.shard", "zero2", "--plan.recompute", "full"), marks=pytest.mark.slow),
+        ("--plan.pipeline", "2", "--plan.context", "1", "--plan.pipeline-schedule", "gpipe"),
+        pytest.param(("--plan.tensor", "2", "--plan.context", "1"), marks=pytest.mark.slow),
     ],
 )
 def test_frozen_layers_stay(given: Path, tmp_path: Path, options: tuple[str, ...]) -> None:

@@ -71,6 +71,7 @@ CHOSEN_BY: dict[str, str] = {
 _SCHEDULE = "run: gloo on CPU, and on one H200 (staged), NCCL on four H200; emulate: 1–8 ranks"
 _CPU = "CPU: against float64, forward and gradients"
 _CUDA = "one H200: 16-bit against float64, forward and gradients"
+_AXES = "on every axis loss and every gradient equal one process's"
 _NEWER = (
     "striped", "descending", "opposing", "double_ring", "all_gather", "mask_aware", "kept_keys", "ulysses",
     "staged_ulysses", "usp", "distributed_mha", "token_ring", "light_seq", "burst",
@@ -94,8 +95,8 @@ VERIFIED: dict[str, str] = {
     "recompute": "gradients equal those without, on CPU; trained with on one H200",
     "offload": "gradients equal those without, bit by bit, on CPU and on one H200",
     "balance": "gloo on CPU: loss, auxiliary loss, loads and every gradient equal one process's",
-    "tuning": "CPU: peft reads what is written and gives the same logits; runs resume and are exported",
-    "tuning/freeze": "CPU: what is frozen stays, bit by bit",
+    "tuning/lora": f"CPU: peft reads what is written and gives the same logits; runs resume and are exported; {_AXES}",
+    "tuning/freeze": f"CPU: what is frozen stays, bit by bit; {_AXES}",
 }
 
 # Names that are values of an option, with what has no docstring to say it.

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from longspan.layout.weights import Box, Heads, Split, heads
+from longspan.layout.weights import Box, Heads, Split, along, heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +58,11 @@ class TensorSplit(Split):
         padded = F.pad(x, (*(0, 0) * after, 0, count * self.size - x.shape[dim]))
         return padded.narrow(dim, self.rank * count, count)
 
-    def partial(self, x: Tensor, linear: nn.Linear) -> Tensor:
+    def partial(self, x: Tensor, linear: Linear) -> Tensor:
         """Of a linear whose input channels are split, this rank's addend for all tokens."""
-        return linear(x) if self.size == 1 else F.linear(x, linear.weight)
+        return linear(x, with_bias=self.size == 1)
 
-    def total(self, x: Tensor, linear: nn.Linear) -> Tensor:
+    def total(self, x: Tensor, linear: Linear) -> Tensor:
         """The ranks' ``partial`` results summed and dealt out, the bias added once."""
         if self.size == 1:
             return x
@@ -73,14 +73,29 @@ class TensorSplit(Split):
 WHOLE = TensorSplit()
 
 
-def linear_boxes(name: str, linear: nn.Linear, dim: int, start: int, total: int) -> dict[str, Box]:
-    """Boxes of a linear split along ``dim``, by the names of its parameters; a bias is split with dim 0 alone."""
-    rows, columns = linear.weight.shape
-    shape = (total, columns) if dim == 0 else (rows, total)
-    boxes = {f"{name}.weight": Box(shape, (start, 0) if dim == 0 else (0, start))}
-    if dim == 0 and linear.bias is not None:
-        boxes[f"{name}.bias"] = Box((total,), (start,))
-    return boxes
+class Linear(nn.Linear):
+    """torch's, to be split along its outputs (dim 0 of the weight) or its inputs (dim 1)."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] (torch calls x input)
+        self, x: Tensor, rows: slice | None = None, *, with_bias: bool = True
+    ) -> Tensor:
+        """The output, or ``rows`` of its channels, or all of it but the bias."""
+        weight, bias = self.weight, self.bias if with_bias else None
+        if rows is not None:
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        return F.linear(x, weight, bias)
+
+    def boxes(self, dim: int, start: int, total: int) -> dict[str, Box]:
+        """Where the parameters of one split along ``dim`` stand in the whole ones; a bias is split with dim 0 alone."""
+        boxes = {"weight": along(tuple(self.weight.shape), dim, start, total)}
+        if dim == 0 and self.bias is not None:
+            boxes["bias"] = along(tuple(self.bias.shape), 0, start, total)
+        return boxes
+
+
+def linear_boxes(name: str, linear: Linear, dim: int, start: int, total: int) -> dict[str, Box]:
+    """``Linear.boxes`` by the names that the parameters have where the linear is called ``name``."""
+    return {f"{name}.{leaf}": box for leaf, box in linear.boxes(dim, start, total).items()}
 
 
 # torch 2.13 has new names for both, and warns of the old ones.

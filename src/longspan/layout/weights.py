@@ -19,6 +19,11 @@ class Box(NamedTuple):
     start: tuple[int, ...]
 
 
+def along(shape: tuple[int, ...], dim: int, start: int, total: int) -> Box:
+    """The box of a tensor of ``shape`` that is whole but along ``dim``, where it begins at ``start`` of ``total``."""
+    return Box((*shape[:dim], total, *shape[dim + 1 :]), tuple(start if d == dim else 0 for d in range(len(shape))))
+
+
 def whole(shape: tuple[int, ...]) -> Box:
     """The box of a tensor that is held whole."""
     return Box(shape, (0,) * len(shape))

@@ -9,11 +9,10 @@ Cost for n tokens of width c and p allowed pairs: 4·n·c·(h + g)·d + 4·h·d�
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from longspan.layout.tensor_parallel import WHOLE, TensorSplit, linear_boxes
+from longspan.layout.tensor_parallel import WHOLE, Linear, TensorSplit, linear_boxes
 from longspan.layout.weights import Box
 from longspan.mixers.config import AttentionConfig
 from longspan.mixers.contract import Context
@@ -49,10 +48,10 @@ class Attention(nn.Module):
         d = config.head_dim
         q_channels = len(self.heads.query) * d
         kv_channels = d * (config.kv_heads if self.heads.shared else len(self.heads.kv))
-        self.q = nn.Linear(hidden_size, q_channels, bias=config.qkv_bias)
-        self.k = nn.Linear(hidden_size, kv_channels, bias=config.qkv_bias)
-        self.v = nn.Linear(hidden_size, kv_channels, bias=config.qkv_bias)
-        self.out = nn.Linear(q_channels, hidden_size, bias=config.out_bias)
+        self.q = Linear(hidden_size, q_channels, bias=config.qkv_bias)
+        self.k = Linear(hidden_size, kv_channels, bias=config.qkv_bias)
+        self.v = Linear(hidden_size, kv_channels, bias=config.qkv_bias)
+        self.out = Linear(q_channels, hidden_size, bias=config.out_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm_eps is not None:
             norm = {"rms": RMSNorm, "rms_plus_one": PlusOneRMSNorm}[config.qk_norm_kind]
@@ -73,15 +72,14 @@ class Attention(nn.Module):
         )
         return self.split.total(self.split.partial(mixed.flatten(2), self.out), self.out)
 
-    def _heads_of(self, projection: nn.Linear, x: Tensor) -> Tensor:
+    def _heads_of(self, projection: Linear, x: Tensor) -> Tensor:
         return projection(x).unflatten(-1, (-1, self.config.head_dim))
 
-    def _kv(self, projection: nn.Linear, x: Tensor) -> Tensor:
+    def _kv(self, projection: Linear, x: Tensor) -> Tensor:
         if not self.heads.shared:
             return self._heads_of(projection, x)
         rows = slice(self.heads.kv.start * self.config.head_dim, self.heads.kv.stop * self.config.head_dim)
-        bias = None if projection.bias is None else projection.bias[rows]
-        return F.linear(x, projection.weight[rows], bias).unflatten(-1, (-1, self.config.head_dim))
+        return projection(x, rows).unflatten(-1, (-1, self.config.head_dim))
 
     def boxes(self) -> dict[str, Box]:
         """Where the split parameters stand in the whole ones."""

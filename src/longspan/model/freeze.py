@@ -27,13 +27,17 @@ def _part_matches(wanted: str, part: str) -> bool:
     return fnmatchcase(part, wanted)
 
 
-def freeze(model: nn.Module, patterns: Iterable[str]) -> tuple[str, ...]:
+def freeze(model: nn.Module, patterns: Iterable[str], names: Iterable[str] | None = None) -> tuple[str, ...]:
     """Freezes the parameters that a pattern matches, in place, and returns their names. Before sharding.
+
+    Args:
+        names: where the model is a part of a whole one, of all parameters of that: patterns are of it.
 
     Raises:
         ValueError: a pattern that matches nothing, or patterns that leave nothing to train.
     """
-    names = [name for name, _ in model.named_parameters()]
+    own = dict(model.named_parameters())
+    names = list(own) if names is None else list(names)
     frozen: set[str] = set()
     for pattern in (part.strip() for text in patterns for part in text.split(",")):
         found = {name for name in names if matches(pattern, name)}
@@ -43,7 +47,7 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> tuple[str, ...]:
         frozen |= found
     if frozen and len(frozen) == len(names):
         raise ValueError(f"some parameter must be left to train, got all {len(names)} frozen; freeze fewer")
-    for name, parameter in model.named_parameters():
-        if name in frozen:
-            parameter.requires_grad_(False)
-    return tuple(name for name in names if name in frozen)
+    here = tuple(name for name in own if name in frozen)
+    for name in here:
+        own[name].requires_grad_(False)
+    return here

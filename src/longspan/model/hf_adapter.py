@@ -14,14 +14,13 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from longspan.model import hf_files
 from longspan.model.config import DecoderConfig
 from longspan.model.decoder import DecoderLM
 from longspan.model.huggingface import stored_names
-from longspan.model.lora import TARGETS, LoraConfig, adapted_layers, apply_lora
-from longspan.model.shards import fill, is_sharded
+from longspan.model.lora import TARGETS, LoraConfig, adapted_layers, apply_lora, is_adapter
+from longspan.model.shards import Collector, fill
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -63,7 +62,8 @@ def layer_names(config: DecoderConfig, targets: tuple[str, ...]) -> dict[str, st
 def save_adapter(
     model: DecoderLM, path: str | os.PathLike[str], config: LoraConfig, *, base: str | None = None
 ) -> None:
-    """Writes the adapters of a model; sharded ones are gathered one at a time, every rank calls and rank 0 writes.
+    """Writes the adapters of a model; of a sharded or split one each tensor is gathered in turn, every rank calls and
+    rank 0 writes.
 
     Args:
         config: with which they were applied.
@@ -73,12 +73,11 @@ def save_adapter(
         ValueError: a model without adapters, or whose targets have no tensors of their own.
         OSError: the disk; on rank 0.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    writes = not is_sharded(model) or dist.get_rank() == 0
+    parameters = Collector(model, model.boxes())
+    writes = parameters.alone or dist.get_rank() == 0
     tensors: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        whole = parameter.detach()
-        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+    for name in filter(is_adapter, parameters):
+        whole = parameters[name].detach()
         if writes:
             tensors[name] = whole.cpu()
     if writes:

@@ -5,6 +5,10 @@ starts at 0; A as PEFT starts it, uniform within ±1 / sqrt(inputs), where the p
 
 Cost of a matrix of (out, in): rank · (in + out) trained values, 6 · rank · (in + out) FLOPs a token in training; the
 frozen matrix needs no gradient and no optimiser state, 12 bytes a value less in fp32 AdamW.
+
+Tensor ranks split an adapter as its matrix: with the outputs B, with the inputs A. The other is whole on every rank,
+computes there for all tokens, and its gradient is a partial sum, as of all that tensor ranks hold whole; B A x is
+reduced with W x.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from longspan.layout.tensor_parallel import Linear
+from longspan.layout.weights import Box, along
 from longspan.mixers.config import require
 from longspan.model.decoder import DecoderLM
 from longspan.model.shards import Region, drawn, fill, is_sharded
@@ -67,20 +73,27 @@ class LoraConfig:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
-class LoraLinear(nn.Module):
+class LoraLinear(Linear):
     """A linear layer with frozen weights and an adapter beside them. Parameters of the layer keep their names."""
 
-    def __init__(self, base: nn.Linear, config: LoraConfig) -> None:
-        super().__init__()
-        self.weight, self.bias, self.scaling = base.weight, base.bias, config.scaling
+    def __init__(self, base: Linear, config: LoraConfig) -> None:
         num_out, num_in = base.weight.shape
+        super().__init__(num_in, num_out, bias=False, device="meta")
+        self.weight, self.bias, self.scaling = base.weight, base.bias, config.scaling
         self.lora_a = nn.Parameter(base.weight.new_empty(config.rank, num_in))
         self.lora_b = nn.Parameter(base.weight.new_empty(num_out, config.rank))
 
-    def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
+    def forward(
+        self, x: Float[Tensor, "... i"], rows: slice | None = None, *, with_bias: bool = True
+    ) -> Float[Tensor, "... o"]:
         """The layer's output with the adapter's added."""
-        adapted = F.linear(F.linear(x, self.lora_a), self.lora_b)
-        return F.linear(x, self.weight, self.bias) + adapted * self.scaling
+        adapted = F.linear(F.linear(x, self.lora_a), self.lora_b if rows is None else self.lora_b[rows])
+        return super().forward(x, rows, with_bias=with_bias) + adapted * self.scaling
+
+    def boxes(self, dim: int, start: int, total: int) -> dict[str, Box]:
+        """As of the layer; of the adapter, B is split with the outputs and A with the inputs."""
+        name, parameter = ("lora_b", self.lora_b) if dim == 0 else ("lora_a", self.lora_a)
+        return super().boxes(dim, start, total) | {name: along(tuple(parameter.shape), dim, start, total)}
 
 
 def is_adapter(name: str) -> bool:
@@ -105,13 +118,13 @@ def apply_lora(model: DecoderLM, config: LoraConfig) -> None:
     require(not adapted_layers(model), "a model takes adapters once", "adapters on it already", "merge them first")
     require(not is_sharded(model), "adapters come before sharding", "DTensor parameters", "apply, then shard")
     found: list[tuple[nn.Module, str, Any]] = []
-    for layer, block in enumerate(model.blocks):
+    for layer, block in model.blocks.named_children():
         for target in config.targets:
             parent, _, leaf = TARGETS[target].rpartition(".")
             holder = block.get_submodule(parent)
             found.append((holder, leaf, getattr(holder, leaf, None)))
             require(
-                isinstance(found[-1][2], nn.Linear),
+                isinstance(found[-1][2], Linear),
                 f"lora targets must be layers of the model, but layer {layer} has no {target}",
                 config.targets,
                 f"leave {target} out",
@@ -123,11 +136,14 @@ def apply_lora(model: DecoderLM, config: LoraConfig) -> None:
 
 
 def init_lora(model: DecoderLM, seed: int) -> None:
-    """Fills all adapters, sharded or not: B 0, A uniform within ±1 / sqrt(inputs), a function of (seed, parameter name)
-    alone, as in `init_weights`."""
+    """Fills all adapters, sharded, split or not: B 0, A uniform within ±1 / sqrt(inputs), a function of (seed,
+    parameter name) alone, as in `init_weights`."""
+    boxes = model.boxes()
     for name, layer in adapted_layers(model).items():
-        fill(layer.lora_a, lambda region, n=f"{name}.lora_a", c=layer.lora_a.shape[1]: _uniform(seed, n, region, c))
-        fill(layer.lora_b, lambda region: torch.zeros(tuple(part.stop - part.start for part in region)))
+        a, b = f"{name}.lora_a", f"{name}.lora_b"
+        columns = boxes[a].shape[1] if a in boxes else layer.lora_a.shape[1]
+        fill(layer.lora_a, lambda region, a=a, c=columns: _uniform(seed, a, region, c), boxes.get(a))
+        fill(layer.lora_b, lambda region: torch.zeros(tuple(part.stop - part.start for part in region)), boxes.get(b))
 
 
 def _uniform(seed: int, name: str, region: Region, num_columns: int) -> Tensor:
@@ -145,7 +161,7 @@ def merge_lora(model: DecoderLM) -> None:
     require(not is_sharded(model), "adapters are merged into whole weights", "DTensor parameters", "export the adapter")
     for name, layer in adapted_layers(model).items():
         num_out, num_in = layer.weight.shape
-        plain = nn.Linear(num_in, num_out, bias=False, device="meta")
+        plain = Linear(num_in, num_out, bias=False, device="meta")
         plain.weight = nn.Parameter(merged(layer.weight, layer.lora_a, layer.lora_b, layer.scaling))
         plain.bias = layer.bias
         model.set_submodule(name, plain)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longspan.layout.tensor_parallel import WHOLE, TensorSplit, linear_boxes
+from longspan.layout.tensor_parallel import WHOLE, Linear, TensorSplit, linear_boxes
 from longspan.layout.weights import Box
 from longspan.mixers.contract import Context
 from longspan.mixers.norm import PlusOneRMSNorm, RMSNorm
@@ -61,9 +61,9 @@ class Mlp(nn.Module):
         self.config, self.split = config, split
         self.tile: int | None = None
         inner = len(split.share(config.inner_size))
-        self.gate = nn.Linear(hidden_size, inner, bias=config.bias) if config.gated else None
-        self.up = nn.Linear(hidden_size, inner, bias=config.bias)
-        self.down = nn.Linear(inner, hidden_size, bias=config.bias)
+        self.gate = Linear(hidden_size, inner, bias=config.bias) if config.gated else None
+        self.up = Linear(hidden_size, inner, bias=config.bias)
+        self.down = Linear(inner, hidden_size, bias=config.bias)
 
     def forward(self, x: Float[Tensor, "b l c"]) -> Float[Tensor, "b m c"]:
         """Mixes the channels of every token alone; m is l unless the inner channels are split."""

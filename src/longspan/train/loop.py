@@ -55,7 +55,9 @@ def outline(decoder: DecoderConfig, config: TrainConfig, part: ModelPart = ALL) 
     model = build(decoder, device="meta", dtype=torch.float32, part=part)
     if config.lora.rank:
         apply_lora(model, config.lora)
-    freeze(model, config.freeze)
+    if config.freeze:
+        whole = model if part.layers is None else build(decoder, device="meta")
+        freeze(model, config.freeze, [name for name, _ in whole.named_parameters()])
     return model
 
 
@@ -91,7 +93,9 @@ def make_model(
 
 
 def make_optimizer(model: DecoderLM, config: OptimConfig, *, fused: bool = False) -> torch.optim.AdamW:
-    """AdamW over what is trained, with weight decay on matrices only. `fused`: torch's one kernel for a step."""
+    """AdamW over what is trained, with weight decay on matrices only. `fused`: torch's one kernel for a step.
+
+    A rank that has nothing to train, as an early one of a pipeline may, gets an empty one."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = [p for name, p in trained if p.ndim > 1 and not is_expert(name)]
     # Apart, for they may be on a mesh of their own.
@@ -103,7 +107,7 @@ def make_optimizer(model: DecoderLM, config: OptimConfig, *, fused: bool = False
         if some
     ]
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused or None)
+    return torch.optim.AdamW(groups or [{"params": []}], lr=config.lr, betas=betas, eps=config.eps, fused=fused or None)
 
 
 class Trainer:
@@ -111,7 +115,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, decoder: DecoderConfig, plan: Plan, device: torch.device) -> None:
         plan = plan.on(device.type)
-        check_plan(plan, decoder, partly_trained=bool(config.lora.rank or config.freeze))
+        check_plan(plan, decoder)
         self.config, self.plan, self.device = config, plan, device
         self.mesh = make_mesh(
             plan.data,
@@ -244,9 +248,10 @@ class Trainer:
                     parameter.grad.to_local().div_(mesh.expert.size)
         if mesh.tensor.size > 1:
             split = model.boxes()
-            sum_over(mesh.tensor.group, [p for name, p in model.named_parameters() if name not in split])
+            shared = [p for name, p in model.named_parameters() if p.requires_grad and name not in split]
+            sum_over(mesh.tensor.group, shared)
         if mesh.ends is not None and model.config.tie_embeddings and model.embed is not None:
-            sum_over(mesh.ends, [model.embed.weight])
+            sum_over(mesh.ends, [p for p in model.embed.parameters() if p.requires_grad])
 
     def score(self, windows: HeldOutWindows) -> tuple[float, int]:
         """(nats, labels) of held-out windows, over all ranks. Collective."""
@@ -272,6 +277,8 @@ class Trainer:
             local = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
             grads.setdefault(copies, []).append(local)
         squares = [_square_sum(same) / copies for copies, same in grads.items()]
+        if not squares:  # nothing is trained here
+            squares.append(torch.zeros((), device=self.device))
         total = torch.stack(squares).sum().to(self.device)
         if dist.get_world_size() > 1:
             dist.all_reduce(total)

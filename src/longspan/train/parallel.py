@@ -42,17 +42,12 @@ def expert_split(mesh: Mesh) -> ExpertSplit:
     return ExpertSplit(mesh.expert.rank, mesh.expert.size, mesh.expert.group)
 
 
-def check_plan(plan: Plan, config: DecoderConfig | EncoderConfig, partly_trained: bool = False) -> None:
-    """Raises ValueError where a model, all or only some of which is trained, cannot be split as a plan says."""
+def check_plan(plan: Plan, config: DecoderConfig | EncoderConfig) -> None:
+    """Raises ValueError where a model cannot be split as a plan says."""
     if isinstance(config, EncoderConfig):
         raise ValueError(
             f"plans are for decoders, which predict the next token, got {type(config).__name__}; train an encoder by "
             "its own loss, in a loop of your own"
-        )
-    if partly_trained and (plan.tensor > 1 or plan.pipeline > 1):
-        raise ValueError(
-            f"adapters and frozen parameters need whole layers on a rank, got tensor {plan.tensor} and pipeline "
-            f"{plan.pipeline}; use data, context and shard zero3"
         )
     heads, stages = config.attention.num_heads, plan.pipeline * plan.stages_per_rank
     num_experts = 0 if config.moe is None else config.moe.num_experts

@@ -8,6 +8,9 @@ Micro-batches of a step have equal shapes and each its own mask; a stage meets t
 stages are made anew for every shape of micro-batch, which costs milliseconds and no memory: lengths may change from
 step to step.
 
+Stages before the first that has something to train need no backward: they keep no activations, and neither they nor
+that one compute a gradient of their input. In place of one they send zeros, as torch's schedules want some gradient.
+
 Sent for a micro-batch of n local tokens of width c: n·c elements from stage to stage forward, as many back.
 """
 
@@ -117,8 +120,33 @@ class _WithAux(torch.autograd.Function):
         return grads[0], ctx.aux, None
 
 
-class _SpannedStage(PipelineStage):
-    """Torch's, with the trainer's named ranges around its work: only some of torch's schedules have their own."""
+class _Joined(torch.autograd.Function):
+    """``out``, and zeros as the gradient of ``x``, of which it is made and which wants none."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], grads[0].new_zeros(ctx.shape, dtype=ctx.dtype)
+
+
+class _Stage(PipelineStage):
+    """Torch's, which computes no gradients that nobody wants, with the trainer's named ranges around its work (only
+    some of torch's schedules have their own)."""
+
+    first_trained = 0  # the first stage of all with something to train
+
+    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        if self.stage_index > self.first_trained:
+            return super().forward_maybe_with_nosync(*args, **kwargs)
+        # Outside of FSDP's hooks, which then see inputs without gradient, as in a first stage.
+        grad = torch.is_grad_enabled()
+        with torch.set_grad_enabled(grad and self.stage_index == self.first_trained):
+            out = super().forward_maybe_with_nosync(*(x.detach() for x in args), **kwargs)
+        return _Joined.apply(out, *args) if grad and not self.is_first else out
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         with span("forward"):
@@ -164,7 +192,7 @@ def check_micros(plan: Plan, batches: BatchPlan) -> None:
 
 
 class Pipeline:
-    """The stages of one rank, and a step through them.
+    """The stages of one rank, and a step through them. Collective.
 
     Args:
         stages: this rank's, sharded.
@@ -174,6 +202,10 @@ class Pipeline:
     def __init__(self, stages: Sequence[Stage], plan: Plan, axis: Axis, device: torch.device) -> None:
         self.stages, self.axis, self.device = stages, axis, device
         self.ranks = ranks_of_stages(plan)
+        trained: list[Any] = [None] * axis.size
+        own = [stage.index for stage in stages if any(p.requires_grad for p in stage.parameters())]
+        dist.all_gather_object(trained, own, group=axis.group)
+        self.first_trained = min(index for there in trained for index in there)
         self.schedule = SCHEDULES[plan.pipeline_schedule]
         self.dtype = compute_dtype(plan.precision)
         self._made: tuple[tuple[int, ...], PipelineScheduleSingle | PipelineScheduleMulti] | None = None
@@ -218,7 +250,7 @@ class Pipeline:
             first, last = stage.index == 0, stage.index == len(self.ranks) - 1
             loss = torch.empty((), device="meta")
             made.append(
-                _SpannedStage(
+                _Stage(
                     stage,
                     stage.index,
                     len(self.ranks),
@@ -228,6 +260,7 @@ class Pipeline:
                     group=self.axis.group,
                 )
             )
+            made[-1].first_trained = self.first_trained
         several = issubclass(self.schedule, PipelineScheduleMulti)
         return self.schedule(made if several else made[0], num_micro, loss_fn=self._loss, scale_grads=False)
 

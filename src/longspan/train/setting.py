@@ -167,7 +167,7 @@ def resolve(
     first_on_rank_0(lambda: check_folder(config), group)
     tokenizer = load_tokenizer(config.tokenizer)
     decoder = _decoder(config, tokenizer, batches.max_length)
-    check_plan(plan, decoder, partly_trained=bool(config.lora.rank or config.freeze))
+    check_plan(plan, decoder)
     check_positions(decoder, batches.max_length, "rows", "--batch.length")
     outline(decoder, config)
     base = ""
