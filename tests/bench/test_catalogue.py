@@ -30,7 +30,7 @@ from longspan.context.methods import METHODS
 from longspan.layout.tokens import LAYOUTS
 from longspan.model.config import Balance
 from longspan.model.hf_table import ARCHITECTURES
-from longspan.plan.plan import Offload, PipelineSchedule, Plan
+from longspan.plan.plan import Offload, PipelineSchedule, Plan, Precision
 from tests.data import REPOSITORY
 
 
@@ -48,6 +48,7 @@ def test_every_name_of_every_table_has_a_row(capsys: pytest.CaptureFixture[str])
         ("architecture", ARCHITECTURES),
         ("pipeline", get_args(PipelineSchedule)),
         ("offload", get_args(Offload)[1:]),
+        ("precision", get_args(Precision)[1:]),
         ("balance", get_args(Balance)),
     ):
         assert [row.name for row in rows if row.section == section] == list(table)

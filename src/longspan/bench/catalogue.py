@@ -24,7 +24,7 @@ from longspan.layout.tokens import LAYOUTS
 from longspan.model.config import Balance
 from longspan.model.hf_table import ARCHITECTURES
 from longspan.model.recompute import Recompute
-from longspan.plan.plan import Offload, PipelineSchedule
+from longspan.plan.plan import Offload, PipelineSchedule, Precision
 
 BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
 REFRESH = "python -m longspan.bench.catalogue --write"
@@ -50,6 +50,7 @@ SECTIONS: dict[str, str] = {
     "pipeline": "Pipeline schedules",
     "recompute": "Recomputation",
     "offload": "Offload to host memory",
+    "precision": "Precision",
     "balance": "Balance of experts",
     "tuning": "Fine-tuning",
 }
@@ -64,6 +65,7 @@ CHOSEN_BY: dict[str, str] = {
     "pipeline": "`pipeline_schedule` of the plan",
     "recompute": "`recompute` of the plan, and `activation_budget` for compiled blocks; see [Memory](memory.md)",
     "offload": "`offload` of the plan; see [Memory](memory.md)",
+    "precision": "`precision` of the plan; see [Memory](memory.md)",
     "balance": "`--model.balance`",
     "tuning": "options of `longspan train`; see [Fine-tuning](finetuning.md)",
 }
@@ -94,6 +96,9 @@ VERIFIED: dict[str, str] = {
     "pipeline": "gloo on CPU: loss and every gradient equal one process's",
     "recompute": "gradients equal those without, on CPU; trained with on one H200",
     "offload": "gradients equal those without, bit by bit, on CPU and on one H200",
+    "precision/fp32": "gloo on CPU",
+    "precision/bf16": "gloo on CPU; trained with on one H200",
+    "precision/pure_bf16": "gloo on CPU: trained beside fp32, resumed bit by bit; CUDA kernel in Triton's interpreter",
     "balance": "gloo on CPU: loss, auxiliary loss, loads and every gradient equal one process's",
     "tuning/lora": f"CPU: peft reads what is written and gives the same logits; runs resume and are exported; {_AXES}",
     "tuning/freeze": f"CPU: what is frozen stays, bit by bit; {_AXES}",
@@ -134,6 +139,17 @@ _WORDS: dict[str, dict[str, tuple[str, str]]] = {
         "layers": ("parameters, gradients and optimiser state on the host; blocks are streamed", "arXiv:2104.07857"),
         "both": ("activations and layers", ""),
     },
+    "precision": {
+        "fp32": ("all in fp32", ""),
+        "bf16": (
+            "products and activations in bf16, weights and optimiser state in fp32",
+            "Micikevicius et al. 2017, arXiv:1710.03740, section 3.1",
+        ),
+        "pure_bf16": (
+            "all in bf16; AdamW rounds weights and moments by chance (stochastic rounding)",
+            "Zamirai et al. 2020, arXiv:2010.06192",
+        ),
+    },
     "balance": {
         "none": ("tokens go where the router sends them", ""),
         "aux": ("an auxiliary loss in each layer, over the load of all ranks", "arXiv:2101.03961"),
@@ -156,10 +172,17 @@ def _first_line(thing: object) -> str:
 
 def _options(section: str) -> tuple[str, ...]:
     """The values of an option that a plan or a model takes by name."""
-    kinds = {"pipeline": PipelineSchedule, "recompute": Recompute, "offload": Offload, "balance": Balance}
+    kinds = {
+        "pipeline": PipelineSchedule,
+        "recompute": Recompute,
+        "offload": Offload,
+        "precision": Precision,
+        "balance": Balance,
+    }
     if section not in kinds:
         return tuple(_WORDS[section])
-    return tuple(name for name in get_args(kinds[section]) if section != "offload" or name != "none")
+    nothing = {"offload": "none", "precision": "auto"}.get(section)
+    return tuple(name for name in get_args(kinds[section]) if name != nothing)
 
 
 def methods_table() -> list[Row]:

@@ -8,8 +8,7 @@ takes no pass of its own. On CUDA each pass is one Triton kernel. With a 16-bit 
 * `adamw_rounded_`: weights and moments in bf16, and nothing beside them: 8 read, 6 written. Rounded to the nearest,
   most updates would be lost (bf16 has 8 bits, a step changes a weight by a part in a thousand, and a second moment by
   1 - beta2 of itself); here each result goes up or down by chance, such that its mean is what was computed
-  (stochastic rounding: Gupta et al. 2015, arXiv:1502.02551; for bf16 weights: Zamirai et al. 2020, arXiv:2010.06192,
-  algorithm 2).
+  (stochastic rounding: Gupta et al. 2015, arXiv:1502.02551; for bf16 weights: Zamirai et al. 2020, arXiv:2010.06192).
 """
 
 from __future__ import annotations
