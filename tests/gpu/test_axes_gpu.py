@@ -29,13 +29,16 @@ def through_nccl(rank: int, world: int, folder: str, plan: Plan, config: Decoder
     return one_rank(rank, world, plan, config, num_micro, False, False, device=f"cuda:{rank}")
 
 
-def holds(plan: Plan, tmp_path: Path, config: DecoderConfig = DEEP) -> None:
+def found(plan: Plan, tmp_path: Path, config: DecoderConfig, num_micro: int) -> list[Any]:
     world = plan.data * plan.expert * plan.context * plan.tensor * plan.pipeline
     if world > GPUS:
         pytest.skip(f"{world} GPUs are needed, and there are {GPUS}")
     plan = replace(plan, precision="fp32").fit(world)
-    num_micro = 6 if plan.pipeline > 2 else 3
-    compare(run_ranks(through_nccl, world, str(tmp_path), plan, config, num_micro), *reference(config, False))
+    return run_ranks(through_nccl, world, str(tmp_path), plan, config, num_micro)
+
+
+def holds(plan: Plan, tmp_path: Path, config: DecoderConfig = DEEP) -> None:
+    compare(found(plan, tmp_path, config, 6 if plan.pipeline > 2 else 3), *reference(config, False))
 
 
 @pytest.mark.parametrize("plan", AXES.values(), ids=named)
@@ -66,12 +69,8 @@ MIXTURE = replace(DEEP, moe=MoeConfig(num_experts=5, experts_per_token=2, inner_
 
 @pytest.mark.parametrize("plan", [Plan(context=1, expert=2), Plan(context=1, expert=2, tensor=2)], ids=named)
 def test_experts(plan: Plan, tmp_path: Path) -> None:
-    """Of one rank as well, which is compared with gloo's in tests/train/test_moe.py."""
-    world = plan.expert * plan.tensor
-    if world > GPUS:
-        pytest.skip(f"{world} GPUs are needed, and there are {GPUS}")
+    """Beside one rank, whose own gradients tests/train/test_moe.py compares with the formula."""
+    results = found(plan, tmp_path, MIXTURE, 1)
     alone = run_ranks(one_rank, 1, Plan(context=1, precision="fp32").fit(1), MIXTURE, 1, False, False)
     loss, _, grads = alone[0]
-    plan = replace(plan, precision="fp32").fit(world)
-    found = run_ranks(through_nccl, world, str(tmp_path), plan, MIXTURE, 1)
-    compare(found, loss, {name: grad for name, (_, grad) in grads.items()})
+    compare(results, loss, {name: grad for name, (_, grad) in grads.items()})
