@@ -75,7 +75,7 @@ def through_one(rank: int, world: int, folder: str, tuning: Tuning) -> list[tupl
     return outcomes
 
 
-@pytest.mark.parametrize("tuning", [LORA, EARLY], ids=["lora", "freeze"])
+@pytest.mark.parametrize("tuning", [LORA, pytest.param(EARLY, marks=pytest.mark.slow)], ids=["lora", "freeze"])
 def test_a_run_goes_on_under_another_plan(tmp_path: Path, tuning: Tuning) -> None:
     save_pretrained(build(DEEP, device="cpu", seed=3), tmp_path / "model")
     split = run_ranks(through_all_plans, 4, str(tmp_path), tuning)

@@ -296,7 +296,7 @@ def test_frozen_layers_in_bf16_on_one_rank_stay_and_go_on_elsewhere(given: Path,
     assert abs(losses(again)[8] - losses(out)[8]) < 0.02
 
 
-@pytest.mark.parametrize("options", [(), LORA])
+@pytest.mark.parametrize("options", [(), pytest.param(LORA, marks=pytest.mark.slow)])
 def test_weights_in_bf16_go_on_bit_for_bit(given: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     """Without fp32 weights anywhere, and what is exported is what was trained."""
     out, options = tmp_path / "run", (*options, "--plan.precision", "pure_bf16", "--plan.shard", "zero3")
