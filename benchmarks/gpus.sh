@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the pages say of GPUs, measured again: benchmarks/gpus.sh OUT STAGE...
+# GPU tests, and the benches of training steps and of memory on one GPU: benchmarks/gpus.sh OUT STAGE...
 #
 #   tests     the GPU tests, those for several GPUs where there are several
 #   step      a training step of 8,192 tokens, everybody's, beside the floor
@@ -8,8 +8,8 @@
 #   lora      8B at 524,288 tokens on one card of 140 GB, adapters
 #   full      the same, all weights in bf16, AdamW included
 #
-# Stages write to OUT/STAGE. `lora` and `full` see windows of 4,096 tokens: the memory of full attention, in a tenth of
-# its time. They pin up to 92 GiB of the host's memory.
+# Stages write to OUT/STAGE. `lora` and `full` see windows of 4,096 tokens: the memory of full attention, in far less
+# time. They pin up to 92 GiB of the host's memory.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:?say where the results go, then which stages} && shift

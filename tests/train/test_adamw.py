@@ -155,4 +155,4 @@ def test_small_updates_and_a_slow_decay_are_not_lost() -> None:
     second, exact = (o.state[p]["exp_avg_sq"].float().mean() for o, p in ((optimizer, weight), (wide, reference)))
     assert exact < 0.9e-3 and abs(second - exact) < 0.01 * exact
     nearest = torch.ones(1, dtype=torch.bfloat16)
-    assert nearest - 1e-3 == nearest or nearest * 0.999 == nearest, "what this is about"
+    assert nearest - 1e-3 == nearest and nearest * 0.999 == nearest, "what this is about"

@@ -253,7 +253,7 @@ def test_every_rank_refuses_and_says_the_same(tmp_path: Path) -> None:
         (lambda: build(False, 1)[0].to(torch.bfloat16), "precision: .* torch.float32 in the checkpoint and"),
     ],
 )
-def test_another_architecture_is_refused(tmp_path: Path, other: Any, words: str) -> None:
+def test_another_architecture_or_precision_is_refused(tmp_path: Path, other: Any, words: str) -> None:
     store, _ = saved(tmp_path, [1])
     with pytest.raises(CheckpointError, match=words) as error:
         store.load(None, other())

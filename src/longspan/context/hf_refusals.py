@@ -79,9 +79,12 @@ def refusal(attention_mask: Tensor | None) -> str | None:
     """Why the mask function refused the mask of a layer that is handed ``attention_mask``; None where it did not."""
     if attention_mask is None or tuple(attention_mask.shape) != (0, 0):
         return None
-    return getattr(
-        attention_mask, _WHY, "the model's mask must be causal, full or with a window, and it is not; see above"
+    # A copy of what the mask function returned, as a checkpoint may make it, has lost the words.
+    unsaid = (
+        "the model's mask must be causal, full or with a window, and it is not; leave attention_mask out, or pass the "
+        "mask to shard_batch as mask="
     )
+    return getattr(attention_mask, _WHY, unsaid)
 
 
 def refuse_mask(q_length: int, kv_length: int, attention_mask: Tensor | None, *, own: bool = False) -> None:
