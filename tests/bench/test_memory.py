@@ -12,6 +12,7 @@ import torch
 from longspan.bench import memory
 from longspan.bench.memory import TECHNIQUES, Cell, Technique, gate, table
 from longspan.cli import main
+from tests.data import REPOSITORY
 
 DEVICE = torch.device("cpu")
 
@@ -81,3 +82,8 @@ def test_an_optimizer_is_for_what_lies_on_the_device() -> None:
 def test_an_unknown_technique_is_refused() -> None:
     with pytest.raises(ValueError, match=r"techniques must be some of 'plain', .*, got 'magic'; pick of these"):
         memory.MemoryBenchConfig(techniques=("plain", "magic"))
+
+
+def test_the_page_has_the_records_table() -> None:
+    record = json.loads((REPOSITORY / "benchmarks" / "results" / "memory_8b_lora_h200.json").read_text())
+    assert table(record) in (REPOSITORY / "docs" / "benchmarks.md").read_text()

@@ -98,7 +98,7 @@ VERIFIED: dict[str, str] = {
     "offload": "gradients equal those without, bit by bit, on CPU and on one H200",
     "precision/fp32": "gloo on CPU",
     "precision/bf16": "gloo on CPU; trained with on one H200",
-    "precision/pure_bf16": "gloo on CPU: trained beside fp32, resumed bit by bit; CUDA kernel in Triton's interpreter",
+    "precision/pure_bf16": "gloo on CPU: trained beside fp32, resumed bit by bit; CUDA kernel and a step on one H200",
     "balance": "gloo on CPU: loss, auxiliary loss, loads and every gradient equal one process's",
     "tuning/lora": f"CPU: peft reads what is written and gives the same logits; runs resume and are exported; {_AXES}",
     "tuning/freeze": f"CPU: what is frozen stays, bit by bit; {_AXES}",
