@@ -301,7 +301,8 @@ def run(cells: Sequence[Cell], out: Path) -> Path:
         if status is None:
             raise RuntimeError(f"{cell.technique.name} at {cell.length} tokens failed: {done.stderr.strip()[-2000:]}")
         row = {"cell": asdict(cell), "status": status}
-        row |= json.loads(done.stdout.splitlines()[-1]) if status == "ok" else {"why": done.stderr.strip()[-300:]}
+        why = done.stderr.strip().split("\n")[-1][:300]
+        row |= json.loads(done.stdout.splitlines()[-1]) if status == "ok" else {"why": why}
         rows.append(row)
         print(_line(row), flush=True)
     record = {**head("memory", now()), "rows": rows}
