@@ -101,7 +101,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets = labels.reshape(-1)
         sum_loss = torch.zeros((), dtype=accumulate, device=hidden.device)
         dhidden = torch.empty_like(rows) if want_hidden else None
-        dweight = torch.zeros(weight.shape, dtype=accumulate, device=weight.device) if want_weight else None
+        make = torch.empty if len(rows) else torch.zeros  # the first chunk fills it
+        dweight = make(weight.shape, dtype=accumulate, device=weight.device) if want_weight else None
         dbias = torch.zeros(bias.shape, dtype=accumulate, device=bias.device) if want_bias else None
 
         with torch.autocast(hidden.device.type, enabled=False):
@@ -123,7 +124,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if dhidden is not None:
                     dhidden[start : start + chunk_tokens] = product.mm(dlogits, product.weight)
                 if dweight is not None:
-                    product.add(dweight, dlogits.t(), chunk)
+                    product.add(dweight, dlogits.t(), chunk, first=not start)
 
         ctx.save_for_backward(dhidden, dweight, dbias)
         ctx.shape, ctx.weight_dtype = hidden.shape, weight.dtype
@@ -142,11 +143,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if dhidden is not None:
             dhidden = (dhidden * grad).to(dhidden.dtype).reshape(ctx.shape)
         if dweight is not None:
-            # Rounded as it is written: dweight is large.
-            dweight = torch.mul(dweight, grad, out=torch.empty_like(dweight, dtype=ctx.weight_dtype))
+            dweight = _scaled(dweight, grad, ctx.weight_dtype)
         if dbias is not None:
             dbias = (dbias * grad).to(ctx.bias_dtype)
         return dhidden, dweight, dbias, None, None, None, None, None
+
+
+def _scaled(wide: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded as it is written: the head's gradient is large."""
+    if wide.is_cuda and wide.dtype == torch.float32 != dtype:
+        from longspan.model.loss_cuda import scaled
+
+        return scaled(wide, factor, dtype)
+    return torch.mul(wide, factor, out=torch.empty_like(wide, dtype=dtype))
 
 
 class _Product:
@@ -165,12 +174,13 @@ class _Product:
     def mm(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.mm(x, y, out_dtype=self.accumulate) if self.native else torch.mm(x, y)
 
-    def add(self, total: Tensor, x: Tensor, y: Tensor) -> None:
-        """Adds x·y to `total`, without another matrix of its size."""
+    def add(self, total: Tensor, x: Tensor, y: Tensor, *, first: bool) -> None:
+        """Adds x·y to `total`, without another matrix of its size; `first`: it becomes x·y, whatever it was."""
+        beta = 0 if first else 1
         if self.native:
-            torch.addmm(total, x, y, out_dtype=self.accumulate, out=total)
+            torch.addmm(total, x, y, out_dtype=self.accumulate, beta=beta, out=total)
         else:
-            torch.addmm(total, x, y, out=total)
+            torch.addmm(total, x, y, beta=beta, out=total)
 
 
 def _chunk_cuda(

@@ -59,6 +59,23 @@ def _rows(logits, targets, losses, grads, num_columns, cap, capped: tl.constexpr
             tl.store(grads + row * num_columns + start + columns, grad.to(grads.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _scale(wide, factors, narrow, size, block: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = at < size
+    value = tl.load(wide + at, mask=inside) * tl.load(factors).to(tl.float32)
+    tl.store(narrow + at, value.to(narrow.dtype.element_ty), mask=inside)
+
+
+def scaled(wide: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous fp32 tensor times a number on its device, (), in another dtype; each element is read and written
+    once, where torch's own product of two dtypes goes element by element."""
+    narrow = torch.empty_like(wide, dtype=dtype)
+    with torch.cuda.device(wide.device):
+        _scale[(triton.cdiv(wide.numel(), _BLOCK),)](wide, factor, narrow, wide.numel(), block=_BLOCK, num_warps=8)
+    return narrow
+
+
 def row_losses(logits: Tensor, targets: Tensor, softcap: float | None, grads: Tensor | None) -> Tensor:
     """Losses (n,) in fp32 of fp32 logits (n, V) against int64 targets (n,), -100 for none; fills ``grads`` (n, V), the
     gradient of their sum by the logits before the softcap."""
