@@ -253,7 +253,7 @@ def test_two_ranks_refuse_a_damaged_checkpoint_in_one_line(tmp_path: Path, whole
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    options = ("--optim.lr", "1e20", "--optim.warmup", "0", "--save-every", "1")
+    options = ("--optim.lr", "1e30", "--optim.warmup", "0", "--save-every", "1")
     line = forked(*train(out, *options), world=2).refusal(1)
     assert line.startswith("the loss of step 2 is ") and "stopped before the optimiser step" in line
     assert "the largest gradient is in embed.weight (nan)" in line

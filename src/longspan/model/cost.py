@@ -210,14 +210,12 @@ def peak_bytes(
     inner = num_tokens * mlp.inner_size * item * (2 if mlp.gated else 1)
     block = block_bytes(config, batch, local_tokens, dtype)
     in_mlp = inner + states + (mlp.inner_size + mlp.bias) * config.hidden_size * item
-    # The norm runs in the wide dtype, once its mlp has let go of everything but its gradients.
-    norm_states = 3 * states if item == wide else 2 * states + 4 * states // item * wide
+    # The gradients of a norm's output and input, or, where no kernel makes the latter, three wide tensors in its place.
+    # By then the mlp has let go of everything but its gradients.
+    has_kernel = config.norm.kind == "layer" or (device_type == "cuda" and config.norm.kind == "rms")
+    norm_states = 2 * states if has_kernel else states + 3 * states // item * wide
     in_norm = norm_states + count["mlp"] // config.num_layers * item - block["mlp"]
-    is_rms = config.norm.kind != "layer"
-    working = sum(block.values()) + max(in_mlp, in_norm if is_rms else 0)
-    if recompute != "none" and is_rms and item != wide:
-        # The block's input is kept beside the wide copy of it that its norm keeps.
-        working += states
+    working = sum(block.values()) + max(in_mlp, in_norm)
     below = sum(kept[part] for part in ("norm", "attention", "mlp", "checkpoint")) // config.num_layers
     others = config.num_layers - 1
     beside = others * max(below, a_block)
@@ -302,12 +300,9 @@ def block_bytes(
 
     attended = (num_q + 2 * num_kv) * dtype.itemsize + _attended_bytes(config, batch, local_tokens, dtype)
     if attention.qk_norm_eps is not None:
-        # Each norm keeps its wide input, a factor a head, and its output before the weight, wide for 1 + weight.
-        attended += (num_q + num_kv) * wide + num_tokens * (attention.num_heads + attention.kv_heads) * wide
-        # Unrotated, q and k are the norms' own outputs; rotated, those are dropped.
-        plus_one = attention.qk_norm_kind == "rms_plus_one"
-        attended += (num_q + num_kv) * (wide if plus_one else dtype.itemsize)
-        attended += 2 * attention.head_dim * wide if plus_one else 0
+        # Each norm keeps its input, a factor a head, and 1 + weight where that is its factor.
+        attended += (num_q + num_kv) * dtype.itemsize + num_tokens * (attention.num_heads + attention.kv_heads) * wide
+        attended += 2 * attention.head_dim * wide if attention.qk_norm_kind == "rms_plus_one" else 0
     if rotates:
         attended += local_tokens * attention.head_dim * wide
     # A gated one keeps gate, its activation, up and their product; gelu its input and output.
@@ -353,16 +348,11 @@ def _attended_bytes(config: DecoderConfig, batch: int, local_tokens: int, dtype:
 
 def _norm_bytes(config: DecoderConfig, num_tokens: int, dtype: torch.dtype) -> int:
     """What a norm over the width keeps, and its output, which the linears after it keep."""
-    num_states, wide = num_tokens * config.hidden_size, _wide(dtype)
-    if config.norm.kind == "layer":
-        # Mean and rstd are wide on a GPU; a CPU keeps them in the dtype of the input.
-        return 2 * num_states * dtype.itemsize + 2 * num_tokens * wide
-    # RMS: the wide input, a factor a token, the output before the weight, the output.
-    kept = num_states * (wide + 2 * dtype.itemsize) + num_tokens * wide
-    if config.norm.kind == "rms_plus_one":
-        # The output before the weight is wide, and so is 1 + weight.
-        kept += num_states * (wide - dtype.itemsize) + config.hidden_size * wide
-    return kept
+    wide = _wide(dtype)
+    kept = 2 * num_tokens * config.hidden_size * dtype.itemsize
+    # Mean and rstd of a layer norm are wide on a GPU; a CPU keeps them in the dtype of the input.
+    kept += num_tokens * (2 if config.norm.kind == "layer" else 1) * wide
+    return kept + (config.hidden_size * wide if config.norm.kind == "rms_plus_one" else 0)
 
 
 def _norms_a_block(config: DecoderConfig) -> int:
