@@ -112,7 +112,8 @@ class Rotary:
 
 def _angles(positions: Tensor, inv_freq: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     angles = positions.to(inv_freq.dtype)[:, None] * inv_freq
-    return angles.cos() * factor, angles.sin() * factor
+    cos, sin = angles.cos(), angles.sin()
+    return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
 
 @torch.library.custom_op("longspan::rotary_angles", mutates_args=())
