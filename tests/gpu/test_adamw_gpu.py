@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longspan.train.adamw import Hyper, adamw_, adamw_rounded_
-from tests.train.test_adamw import HYPER, drawn, rounds_to_neighbours, steps_of_both
+from tests.train.test_adamw import HYPER, drawn, nothing_happens, rounds_to_neighbours, steps_of_both
 
 pytestmark = pytest.mark.gpu
 
@@ -26,7 +26,7 @@ def test_every_size_is_as_on_the_host(size: int, dtype: torch.dtype) -> None:
     host = [torch.randn(size, generator=generator) for _ in range(3)]
     host.append(torch.rand(size, generator=generator))
     master, grad, average, square = host
-    hyper = Hyper(lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, factor=0.5, step=7)
+    hyper = Hyper(lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, factor=HYPER.factor, step=7)
     there = [x.cuda() for x in (master, grad.to(dtype), average, square)]
     guard = torch.zeros(size + 64, dtype=torch.bfloat16, device="cuda")
     adamw_(there[0], guard[:size], there[1], there[2], there[3], hyper)
@@ -41,6 +41,10 @@ def test_every_size_is_as_on_the_host(size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rounding_by_chance_is_as_on_the_host(size: int, dtype: torch.dtype) -> None:
     rounds_to_neighbours("cuda", size, dtype)
+
+
+def test_a_step_with_no_number_is_none() -> None:
+    nothing_happens("cuda")
 
 
 def test_chance_on_a_gpu_is_of_the_seed() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from longspan.train.adamw import Hyper, adamw_, adamw_rounded_, round_step
+from longspan.train.adamw import Hyper, adamw_, adamw_rounded_, round_step, take_back
 from longspan.train.precision import MasterWeights
 
 
@@ -47,7 +47,8 @@ def steps_of_both(device: str, num_micros: int) -> tuple[Net, Net, list[torch.Te
         for p in theirs.layer.parameters():
             assert p.grad is not None
             p.grad *= 0.25
-        masters.update(mine, 0.25)
+        masters.update(mine, torch.tensor(0.25, dtype=torch.float64, device=device))
+        masters.drop_gradients()
         reference.step()
         reference.zero_grad()
         assert all(p.grad is None and p.dtype == torch.float32 for p in ours.layer.parameters())
@@ -81,7 +82,7 @@ def test_copies_follow_masters_that_somebody_else_changed() -> None:
     assert (net.layer.weight == 3).all() and (net.layer.bias == 2).all()
 
 
-HYPER = Hyper(lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, factor=0.5, step=7)
+HYPER = Hyper(lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, factor=torch.tensor(0.5).double(), step=7)
 
 
 def drawn(size: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -138,6 +139,46 @@ def test_chance_is_of_the_seed_and_of_each_number() -> None:
     assert all(not torch.equal(a, b) for a, b in zip(found[0], found[2], strict=True))
 
 
+def nothing_happens(device: str) -> None:
+    """A factor that is NaN: neither weights, moments nor the count of steps change, in either pass."""
+    nan = torch.tensor(torch.nan, dtype=torch.float64, device=device)
+    ones = torch.ones((), dtype=torch.float64, device=device)
+    weight = nn.Parameter(torch.ones(4099, dtype=torch.bfloat16, device=device))
+    rounded = torch.optim.AdamW([weight], lr=0.01)
+    net = Net().to(device)
+    masters = MasterWeights(net, torch.bfloat16, keep_frozen=False)
+    wide = torch.optim.AdamW(net.layer.parameters(), lr=0.01)
+
+    def step(factor: torch.Tensor) -> None:
+        weight.grad = torch.full_like(weight, 0.5)
+        round_step(rounded, factor, seed=0)
+        masters.work()
+        net.layer(torch.ones(1, 7, dtype=torch.bfloat16, device=device)).square().sum().backward()
+        masters.update(wide, factor)
+
+    def values() -> list[torch.Tensor]:
+        states = [optimizer.state[p] for optimizer in (rounded, wide) for p in optimizer.state]
+        kept = [state[name] for state in states for name in ("step", "exp_avg", "exp_avg_sq")]
+        return [x.detach().clone() for x in (weight, *net.parameters(), *kept)]
+
+    for taken in range(2):
+        before = values()
+        step(nan)
+        take_back(rounded, lambda p: p.grad)
+        masters.take_back(wide)
+        assert all(torch.equal(a, b) for a, b in zip(before, values(), strict=True)), taken
+        gradient = net.layer.weight.grad
+        assert gradient is not None and gradient.dtype == torch.float32 and gradient.any(), "for whoever looks at them"
+        masters.drop_gradients()
+        step(ones)
+        masters.drop_gradients()
+        assert not torch.equal(before[0], weight)
+
+
+def test_a_step_with_no_number_is_none() -> None:
+    nothing_happens("cpu")
+
+
 def test_small_updates_and_a_slow_decay_are_not_lost() -> None:
     """Rounded to the nearest, a weight of 1 never takes steps of 1/1000, nor a second moment a decay of 1/1000."""
     weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
@@ -148,7 +189,7 @@ def test_small_updates_and_a_slow_decay_are_not_lost() -> None:
         grad = 1.0 if step == 0 else 1e-3
         weight.grad = torch.full_like(weight, grad)
         reference.grad = torch.full_like(reference, grad)
-        round_step(optimizer, 1.0, seed=0)
+        round_step(optimizer, torch.ones((), dtype=torch.float64), seed=0)
         wide.step()
     moved = 1 - float(reference.detach().mean())
     assert moved > 0.005 and abs(1 - float(weight.detach().float().mean()) - moved) < 0.05 * moved

@@ -122,7 +122,8 @@ def _optimiser_s(num_parameters: int, device: torch.device, dtype: torch.dtype, 
         piece.grad = None
     grads = [torch.ones_like(piece, dtype=dtype) for piece in pieces]
     copies = [torch.empty_like(piece, dtype=dtype) for piece in pieces]
-    hyper = Hyper(lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, factor=1.0, step=10)
+    one = torch.ones((), dtype=torch.float64, device=device)
+    hyper = Hyper(lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, factor=one, step=10)
 
     def ours() -> None:
         for piece, copy, grad, state in zip(pieces, copies, grads, states, strict=True):

@@ -254,12 +254,12 @@ def measure(cell: Cell) -> dict[str, Any]:
     streamed = _apply(model, cell.technique, device, offload_gib=cell.offload_gib)
     ctx, tokens = _context(cell.length, device, cell.window), _tokens(cell, cell.length, device)
     optimizer = make_optimizer(model, OptimConfig()) if cell.optimizer else None
-    times = []
+    times, one = [], torch.ones((), dtype=torch.float64, device=device)
     for _ in range(cell.warm_up + cell.steps):
         start = time.perf_counter()
         _step(model, streamed, tokens, ctx, cell.technique.loss_chunk)
         if optimizer is not None and dtype == torch.bfloat16:
-            round_step(optimizer, 1.0, 0)
+            round_step(optimizer, one, 0)
         elif optimizer is not None:
             optimizer.step()
         if device.type == "cuda":

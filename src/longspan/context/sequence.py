@@ -22,6 +22,7 @@ from longspan.context.attend import compare, group_in_force, where_of, world_and
 from longspan.context.build import Built, build, resolve
 from longspan.context.choose import Where
 from longspan.context.run import Bound, attend, bind, rebind, release
+from longspan.hardware.transfers import upload
 from longspan.layout.tokens import Layout
 
 LayerKind = tuple[int, int, int | None]  # query heads, KV heads, window
@@ -118,7 +119,7 @@ class SequenceContext:
                 f"{np.shape(positions)}; pass those of the global sequence"
             )
         ids = local if positions is None else np.asarray(positions)[local]
-        self.positions = torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)).to(self.device)
+        self.positions = upload(torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)), self.device)
         self._built = built or {}
         for key, handle in self._handles.items():
             rebind(handle, self._build(key[:3]))

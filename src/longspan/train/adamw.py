@@ -28,7 +28,8 @@ class Hyper(NamedTuple):
     """What a step is taken with.
 
     Args:
-        factor: on the gradient; below 1 where it is clipped.
+        factor: (), fp64, on the gradient; below 1 where it is clipped. NaN: nothing is changed. On the parameter's
+            device or on the host: a GPU's own is read there, and nobody waits for it.
         step: from 1 on.
     """
 
@@ -37,7 +38,7 @@ class Hyper(NamedTuple):
     beta2: float
     eps: float
     weight_decay: float
-    factor: float
+    factor: Tensor
     step: int
 
     @property
@@ -57,6 +58,8 @@ def adamw_(master: Tensor, copy: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_
 
         adamw_cuda_(master, copy, grad.contiguous(), exp_avg, exp_avg_sq, hyper)
         return
+    if hyper.factor.isnan():
+        return
     _advance(master, grad.to(master.dtype), exp_avg, exp_avg_sq, hyper)
     copy.copy_(master)
 
@@ -69,6 +72,8 @@ def adamw_rounded_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Te
         from longspan.train.adamw_cuda import adamw_rounded_cuda_
 
         adamw_rounded_cuda_(weight, grad.contiguous(), exp_avg, exp_avg_sq, hyper, seed)
+        return
+    if hyper.factor.isnan():
         return
     generator = torch.Generator().manual_seed(seed)
     chunks = (x.reshape(-1).split(_CHUNK) for x in (weight, grad, exp_avg, exp_avg_sq))
@@ -95,8 +100,9 @@ def _round_into(to: Tensor, wide: Tensor, generator: torch.Generator) -> None:
     to.copy_(((bits + chance) & -(2**16)).view(torch.float32))
 
 
-def round_step(optimizer: AdamW, factor: float, seed: int) -> None:
-    """A step of an optimiser over bf16 parameters, sharded or not, by `adamw_rounded_`, from gradients times `factor`.
+def round_step(optimizer: AdamW, factor: Tensor, seed: int) -> None:
+    """A step of an optimiser over bf16 parameters, sharded or not, by `adamw_rounded_`, from gradients times `factor`,
+    as `Hyper` has it.
 
     Ranks that hold the same parameter round it alike, for chance hangs on `seed`, the step and the place of the
     parameter in the optimiser only.
@@ -108,7 +114,7 @@ def round_step(optimizer: AdamW, factor: float, seed: int) -> None:
 
 
 def updates(
-    optimizer: AdamW, factor: float, gradient: Callable[[nn.Parameter], Tensor | None]
+    optimizer: AdamW, factor: Tensor, gradient: Callable[[nn.Parameter], Tensor | None]
 ) -> Iterator[tuple[nn.Parameter, Tensor, dict[str, Any], Hyper]]:
     """The parameters that have a gradient, with it, their state (of this step already) and what the step is taken with.
 
@@ -131,6 +137,16 @@ def updates(
             if hyper is None or hyper.step != step:
                 hyper = Hyper(**rates, beta1=beta1, beta2=beta2, factor=factor, step=step)
             yield parameter, grad, state, hyper
+
+
+def take_back(optimizer: AdamW, gradient: Callable[[nn.Parameter], Tensor | None]) -> None:
+    """After `updates` with a factor that was NaN: the state is as before them."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if gradient(parameter) is not None:
+                optimizer.state[parameter]["step"] -= 1
+                if not optimizer.state[parameter]["step"]:
+                    del optimizer.state[parameter]
 
 
 def _local(x: Tensor) -> Tensor:

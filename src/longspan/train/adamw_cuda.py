@@ -15,10 +15,11 @@ _BLOCK = 2048
 
 
 @triton.jit
-def _adamw(masters, copies, grads, averages, squares, size, factor, kept, new1, beta2, step_size, root_correction, eps,
+def _adamw(masters, copies, grads, averages, squares, size, factors, kept, new1, beta2, step_size, root_correction, eps,
            block: tl.constexpr):  # fmt: skip
+    factor = tl.load(factors).to(tl.float32)
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = at < size
+    inside = (at < size) & (factor == factor)  # NaN: no step
     grad = tl.load(grads + at, mask=inside).to(tl.float32) * factor
     average = tl.load(averages + at, mask=inside)
     average += new1 * (grad - average)
@@ -42,16 +43,24 @@ def adamw_cuda_(master: Tensor, copy: Tensor, grad: Tensor, exp_avg: Tensor, exp
             exp_avg,
             exp_avg_sq,
             master.numel(),
-            *_rates(hyper),
+            *_rates(hyper, master.device),
             block=_BLOCK,
             num_warps=8,
         )
 
 
-def _rates(hyper: Hyper) -> tuple[float, ...]:
+def _rates(hyper: Hyper, device: torch.device) -> tuple[Tensor | float, ...]:
     """What both kernels take of a step, in their order."""
     kept = 1 - hyper.lr * hyper.weight_decay
-    return hyper.factor, kept, 1 - hyper.beta1, hyper.beta2, hyper.step_size, hyper.root_correction, hyper.eps
+    return (
+        hyper.factor.to(device),
+        kept,
+        1 - hyper.beta1,
+        hyper.beta2,
+        hyper.step_size,
+        hyper.root_correction,
+        hyper.eps,
+    )
 
 
 @triton.jit
@@ -64,7 +73,7 @@ def _rounded(wide, chance):
 @triton.jit
 def _round_quarter(weights, grads, averages, squares, at, size, word, other, factor, kept, new1, beta2, step_size,
                    root_correction, eps):  # fmt: skip
-    inside = at < size
+    inside = (at < size) & (factor == factor)  # NaN: no step
     grad = tl.load(grads + at, mask=inside).to(tl.float32) * factor
     average = tl.load(averages + at, mask=inside).to(tl.float32)
     average += new1 * (grad - average)
@@ -79,8 +88,9 @@ def _round_quarter(weights, grads, averages, squares, at, size, word, other, fac
 
 
 @triton.jit(do_not_specialize=["seed"])
-def _adamw_rounded(weights, grads, averages, squares, size, seed, factor, kept, new1, beta2, step_size, root_correction,
-                   eps, quarter: tl.constexpr):  # fmt: skip
+def _adamw_rounded(weights, grads, averages, squares, size, seed, factors, kept, new1, beta2, step_size,
+                   root_correction, eps, quarter: tl.constexpr):  # fmt: skip
+    factor = tl.load(factors).to(tl.float32)
     lane = tl.arange(0, quarter)
     # A call of the generator (Philox) is dear, and gives four words: four elements share it.
     a, b, c, d = tl.randint4x(seed, tl.program_id(0) * quarter + lane)
@@ -107,7 +117,7 @@ def adamw_rounded_cuda_(
             exp_avg_sq,
             weight.numel(),
             seed,
-            *_rates(hyper),
+            *_rates(hyper, weight.device),
             quarter=_BLOCK // 4,
             num_warps=4,
         )

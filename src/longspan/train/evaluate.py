@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from longspan.attention import masks
@@ -83,7 +82,7 @@ def total_nats(
         rows = windows.tokens[start : start + at_once], windows.labels[start : start + at_once]
         if not len(rows[0]):  # every rank must run the model: collectives wait for all
             rows = windows.tokens[:1], torch.full_like(windows.labels[:1], NO_LABEL)
-        micro = Micro(_local(rows[0], ctx, device), _local(rows[1], ctx, device), ctx)
+        micro = Micro.of(ctx, *rows, device)
         nats += float(model.losses(*micro).cross_entropy) if pipeline is None else pipeline.loss(micro)
         labels += int((micro.labels != NO_LABEL).sum())
     for root in [model] if pipeline is None else pipeline.stages:
@@ -92,7 +91,3 @@ def total_nats(
                 module.reshard()  # without a backward, parameters would stay gathered, and exports not be sharded
     total, number = reduce_sums([nats / mesh.tensor.size, labels / (mesh.tensor.size * mesh.pipeline.size)])
     return total, round(number)
-
-
-def _local(x: Tensor, ctx: SequenceContext, device: torch.device) -> Tensor:
-    return ctx.local(x).to(device)

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from longspan.attention import masks
 from longspan.context.sequence import SequenceContext
 from longspan.hardware.devices import peak_memory_bytes
+from longspan.hardware.transfers import Reading
 from longspan.layout.mesh import Mesh, make_mesh
 from longspan.layout.tensor_parallel import sum_over
 from longspan.model.config import DecoderConfig
@@ -35,7 +36,7 @@ from longspan.model.lora import apply_lora, init_lora
 from longspan.model.moe import is_expert
 from longspan.model.part import ALL, ModelPart
 from longspan.plan.plan import Plan
-from longspan.train.adamw import round_step
+from longspan.train.adamw import round_step, take_back
 from longspan.train.config import OptimConfig, TrainConfig
 from longspan.train.data.batches import Batch
 from longspan.train.data.evaluation import HeldOutWindows
@@ -236,7 +237,7 @@ class Trainer:
     def _micro(self, batch: Batch, prepared: Prepared | None) -> Micro:
         self._last_context = ctx = self.context(batch, prepared)
         make_handles(ctx, self.prepare, self.model.config.attention)
-        return Micro(ctx.local(batch.tokens).to(self.device), ctx.local(batch.labels).to(self.device), ctx)
+        return Micro.of(ctx, batch.tokens, batch.labels, self.device)
 
     def _sum_shared(self) -> None:
         """Adds up gradients of what tensor ranks, or the ends of a pipeline, hold together, each having its addend."""
@@ -264,8 +265,9 @@ class Trainer:
             self.masters.settle()
         return found
 
-    def gradient_norm(self) -> Tensor:
-        """Euclidean norm of the gradient of all parameters of all ranks, each counted once. Collective."""
+    def gradient_norm(self, nats: Tensor | None = None) -> Tensor:
+        """Euclidean norm of the gradient of all parameters of all ranks, each counted once; NaN too where the ``nats``
+        of some rank are not finite. Collective."""
         model, mesh, split = self.model, self.mesh, self.model.boxes()
         grads: dict[int, list[Tensor]] = {}  # by the number of ranks that hold the same
         for name, parameter in model.named_parameters():
@@ -279,6 +281,8 @@ class Trainer:
         squares = [_square_sum(same) / copies for copies, same in grads.items()]
         if not squares:  # nothing is trained here
             squares.append(torch.zeros((), device=self.device))
+        if nats is not None:
+            squares.append(0 * nats.sum().to(squares[0]))
         total = torch.stack(squares).sum().to(self.device)
         if dist.get_world_size() > 1:
             dist.all_reduce(total)
@@ -293,40 +297,51 @@ class Trainer:
         """One optimiser step. Raises NotFiniteError before the update where loss or gradient is not finite."""
         self.optimizer.zero_grad(set_to_none=True)
         nats, total = self._backward(micros)
+        rate = self.config.optim.rate(step, num_steps)
         with span("gradient norm"):
-            norm = self.gradient_norm()
+            norm = self.gradient_norm(nats)
+            reading = Reading(torch.cat([nats.to(norm.device), norm.double()[None]]))
+        with span("optimizer"):
+            self._update(rate, norm)
         with span("agreement"):
-            # The one time that the host waits for the device: it has the optimiser's work before it waits again.
-            *local, size = torch.cat([nats.to(norm.device), norm.double()[None]]).tolist()
+            # The one time that the host waits for a GPU, which has the optimiser's work meanwhile.
+            *local, size = reading.wait()
             losses = self._losses(local, total)
         loss = losses["loss"]
-        if not (math.isfinite(loss) and math.isfinite(size)):
-            if self.masters is not None:
-                self.masters.settle()
+        if not math.isfinite(size):
+            self._take_back()
             raise NotFiniteError(
                 f"the loss of step {step + 1} is {loss:g} and the gradient's norm {size:g}: stopped before the "
                 f"optimiser step; the largest gradient is in {largest_gradient(self.model)}"
             )
-        rate = self.config.optim.rate(step, num_steps)
-        with span("optimizer"):
-            self._update(rate, size, norm)
+        if self.masters is not None:
+            self.masters.drop_gradients()
+        self.model.balance(self._last_context)
         return {**losses, "gradient_norm": size, "learning_rate": rate}
 
-    def _update(self, rate: float, size: float, norm: Tensor) -> None:
+    def _update(self, rate: float, norm: Tensor) -> None:
+        """The optimiser's step, which changes nothing where the norm is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        clips = 0 < self.config.optim.clip < size  # else nothing would change
-        factor = self.config.optim.clip / size if clips else 1.0
+        clip, wide = self.config.optim.clip, norm.double()
+        # 1 where nothing is clipped; NaN where the norm is not finite.
+        factor = (clip / wide.clamp(min=clip) if clip > 0 else 1.0) + 0 * wide
         if self.masters is not None:
             self.masters.update(self.optimizer, factor)
         elif self.plan.precision == "pure_bf16":
             round_step(self.optimizer, factor, self.config.seed)
-        else:
-            if clips:
+        elif math.isfinite(size := float(wide)):  # torch's own must know before it begins
+            if 0 < clip < size:
                 for group in self.optimizer.param_groups:
-                    torch.nn.utils.clip_grads_with_norm_(group["params"], self.config.optim.clip, norm)
+                    torch.nn.utils.clip_grads_with_norm_(group["params"], clip, norm)
             self.optimizer.step()
-        self.model.balance(self._last_context)
+
+    def _take_back(self) -> None:
+        """After an update that changed nothing."""
+        if self.masters is not None:
+            self.masters.take_back(self.optimizer)
+        elif self.plan.precision == "pure_bf16":
+            take_back(self.optimizer, lambda parameter: parameter.grad)
 
 
 def _square_sum(tensors: list[Tensor]) -> Tensor:

@@ -35,6 +35,8 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
 )
 
+from longspan.context.sequence import SequenceContext
+from longspan.hardware.transfers import upload
 from longspan.layout.mesh import Axis
 from longspan.layout.weights import share
 from longspan.mixers.contract import Context
@@ -62,6 +64,11 @@ class Micro(NamedTuple):
     tokens: Tensor
     labels: Tensor
     ctx: Context
+
+    @classmethod
+    def of(cls, ctx: SequenceContext, tokens: Tensor, labels: Tensor, device: torch.device) -> Micro:
+        """This rank's part, on its device, of the rows of whole sequences on the host."""
+        return cls(upload(ctx.local(tokens), device), upload(ctx.local(labels), device), ctx)
 
 
 def ranks_of_stages(plan: Plan) -> list[int]:

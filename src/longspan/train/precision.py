@@ -13,11 +13,11 @@ adapters) have no master: they become what the computation takes, 2 bytes each i
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from longspan.plan.plan import Precision
-from longspan.train.adamw import adamw_, updates
+from longspan.train.adamw import adamw_, take_back, updates
 
 
 def compute_dtype(precision: Precision) -> torch.dtype:
@@ -60,12 +60,15 @@ class MasterWeights:
             self._note(stale)
         self._place(working=True)
 
-    @torch.no_grad()
     def settle(self) -> None:
         """Puts the masters back and adds the gradients of the copies to theirs."""
         if not self._working:
             return
         self._place(working=False)
+        self._take_gradients()
+
+    @torch.no_grad()
+    def _take_gradients(self) -> None:
         for master, copy in self._copies.items():
             if copy.grad is None:
                 continue
@@ -75,19 +78,28 @@ class MasterWeights:
                 master.grad += copy.grad
             copy.grad = None
 
-    def update(self, optimizer: AdamW, factor: float) -> None:
-        """A step of the optimiser, whose parameters are the masters, from gradients times ``factor`` of copies or,
-        after ``settle``, of masters; the masters are back then, the copies theirs, and the gradients gone."""
+    def update(self, optimizer: AdamW, factor: Tensor) -> None:
+        """A step of the optimiser, whose parameters are the masters, from gradients times ``factor`` (as
+        `adamw.Hyper` has it) of copies or, after ``settle``, of masters; the masters are back then, the copies theirs.
+        The gradients stay, for ``take_back``; else ``drop_gradients``."""
         updated = []
         for master, grad, state, hyper in updates(optimizer, factor, self._gradient):
             copy = self._copies[master]
             adamw_(master.data, copy.data, grad, state["exp_avg"], state["exp_avg_sq"], hyper)
-            master.grad = copy.grad = None
             updated.append(master)
         self._note(updated)
         self._place(working=False)
 
-    def _gradient(self, master: nn.Parameter) -> torch.Tensor | None:
+    def take_back(self, optimizer: AdamW) -> None:
+        """After an ``update`` whose factor was NaN: everything is as ``settle`` leaves it."""
+        take_back(optimizer, self._gradient)
+        self._take_gradients()
+
+    def drop_gradients(self) -> None:
+        for master, copy in self._copies.items():
+            master.grad = copy.grad = None
+
+    def _gradient(self, master: nn.Parameter) -> Tensor | None:
         return self._copies[master].grad if master.grad is None else master.grad
 
     def _note(self, masters: list[nn.Parameter]) -> None:
