@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ GPUS = torch.cuda.device_count()
 
 def through_nccl(rank: int, world: int, folder: str, plan: Plan, config: DecoderConfig, num_micro: int) -> Any:
     dist.destroy_process_group()
+    # Torch's own: autograd's thread makes a context when it first multiplies.
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
     torch.cuda.set_device(rank)
     store = FileStore(str(Path(folder) / "store"), world)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=world)

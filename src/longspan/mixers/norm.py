@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -54,6 +55,8 @@ class PlusOneRMSNorm(RMSNorm):
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if torch.compiler.is_compiling():  # a compiler makes its own kernels, and knows what to keep
         return _scaled(x, weight, eps)[0]
+    if x.is_cuda and x.dtype == weight.dtype:  # torch has a kernel for it, and one for the backward
+        return F.rms_norm(x, weight.shape, weight, eps)
     return _Normed.apply(x, weight, eps)
 
 
@@ -67,10 +70,7 @@ def _scaled(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 class _Normed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if _has_kernel(x, weight):
-            out, factor = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)
-        else:
-            out, factor = _scaled(x, weight, eps)
+        out, factor = _scaled(x, weight, eps)
         ctx.save_for_backward(x, weight, factor)
         return out
 
@@ -78,9 +78,6 @@ class _Normed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,), (x, weight, factor), wanted = grads, ctx.saved_tensors, ctx.needs_input_grad[:2]
-        if _has_kernel(x, weight):
-            args = (grad, x, weight.shape, factor, weight, [*wanted])
-            return *torch.ops.aten._fused_rms_norm_backward(*args), None
         normed, grad = _wide(x) * factor, _wide(grad)
         dweight = (grad * normed).sum_to_size(weight.shape).to(weight.dtype) if wanted[1] else None
         if not wanted[0]:
@@ -92,8 +89,3 @@ class _Normed(torch.autograd.Function):
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _has_kernel(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch has one kernel for it, which makes nothing wide."""
-    return x.is_cuda and x.dtype == weight.dtype
