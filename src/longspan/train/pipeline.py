@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
@@ -146,6 +147,10 @@ class _Stage(PipelineStage):
 
     first_trained = 0  # the first stage of all with something to train
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._graphs: dict[int, Any] = {}
+
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         if self.stage_index > self.first_trained:
             return super().forward_maybe_with_nosync(*args, **kwargs)
@@ -155,17 +160,26 @@ class _Stage(PipelineStage):
             out = super().forward_maybe_with_nosync(*(x.detach() for x in args), **kwargs)
         return _Joined.apply(out, *args) if grad and not self.is_first else out
 
-    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         with span("forward"):
-            return super().forward_one_chunk(*args, **kwargs)
+            out = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        # Torch below 2.13 drops the graph after the gradients of inputs, and those of weights then miss our functions.
+        if isinstance(out, Tensor) and out.requires_grad:
+            self._graphs[fwd_chunk_id] = get_gradient_edge(out)
+        return out
 
-    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> Any:
         with span("backward"):
-            return super().backward_one_chunk(*args, **kwargs)
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if full_backward:
+            self._graphs.pop(bwd_chunk_id, None)
 
-    def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> Any:
         with span("backward"):
-            return super().backward_weight_one_chunk(*args, **kwargs)
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        self._graphs.pop(bwd_chunk_id, None)
 
 
 def stage_layers(num_layers: int, plan: Plan) -> list[range]:
