@@ -291,8 +291,9 @@ def run_memory_bench(config: MemoryBenchConfig) -> int:
 
 
 def run(cells: Sequence[Cell], out: Path) -> Path:
-    """All cells, each in a process of its own; writes ``memory.json`` and ``memory.md``."""
-    rows: list[dict[str, Any]] = []
+    """All cells, each in a process of its own; writes ``memory.json`` and ``memory.md``, with every row anew."""
+    record: dict[str, Any] = {**head("memory", now()), "rows": []}
+    path = out / "memory.json"
     for cell in cells:
         command = [sys.executable, "-m", "longspan.bench.memory", json.dumps(asdict(cell))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -303,12 +304,10 @@ def run(cells: Sequence[Cell], out: Path) -> Path:
         row = {"cell": asdict(cell), "status": status}
         why = done.stderr.strip().split("\n")[-1][:300]
         row |= json.loads(done.stdout.splitlines()[-1]) if status == "ok" else {"why": why}
-        rows.append(row)
+        record["rows"].append(row)
         print(_line(row), flush=True)
-    record = {**head("memory", now()), "rows": rows}
-    path = out / "memory.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    (out / "memory.md").write_text(table(record))
+        path.write_text(json.dumps(record, indent=2) + "\n")
+        (out / "memory.md").write_text(table(record))
     return path
 
 
