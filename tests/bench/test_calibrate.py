@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from longspan.attention.bands import rectangle
-from longspan.attention.masks import causal_band
 from longspan.bench import calibrate as calibrating
 from longspan.bench import kernels, timing
 from longspan.bench.calibrate import Calibration, calibrate
 from longspan.bench.kernels import KernelBenchConfig, run_kernel_bench
 from longspan.context.choose import here
-from longspan.hardware.profile import DeviceProfile, KernelProfile, Shape, make_profile
+from longspan.context.costs import shapes
+from longspan.hardware.fit import Measurement
+from longspan.hardware.profile import DeviceProfile, KernelProfile, make_profile
 from longspan.hardware.saved import profile_path, saved_profile
 
 CPU = torch.device("cpu")
@@ -36,7 +36,11 @@ def test_a_real_one_predicts_what_it_measured(dtype: torch.dtype, monkeypatch) -
     sizes: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 32, "copy_bytes": 1 << 24, "repetitions": 3}
     got = calibrate(CPU, dtype, **sizes, sizes=(64, 256, 512), say=said.append)
     profile = got.profile
-    assert len(got.measurements) == 2 * (9 + 3) == len(got.errors) and len(said) == 24 + 3
+    assert len(got.measurements) == 2 * (9 + 3 + 3) == len(got.errors) and len(said) == 30 + 3
+    masked = [(m.rows, m.keys, m.mask, m.heads) for m in got.measurements if m.mask]
+    assert masked == [(64, keys, 64 * keys, 1) for keys in (512, 256, 64) for _ in range(2)]
+    assert sum("masked" in line for line in said) == 6 and sum("causal" in line for line in said) == 6
+    assert profile.forward.mask_s + 64 * 512 * profile.forward.element_s > 2e-5  # some 0.2 ms where it is quiet
     assert profile.kernel == "cpu_flash" and profile.name in said[-1] and "worst" in said[-1]
     assert 1e8 < profile.memory_bytes_per_s < 1e13 and 0 <= profile.block_s < 0.1
     assert got.median_error < 0.5
@@ -46,8 +50,8 @@ def test_a_real_one_predicts_what_it_measured(dtype: torch.dtype, monkeypatch) -
 
 TRUTH = dataclasses.replace(
     make_profile("cpu"),
-    forward=KernelProfile(efficiency=0.4, row_keys=60, key_rows=20, call_s=3e-4),
-    backward=KernelProfile(efficiency=0.3, row_keys=30, key_rows=10, call_s=5e-4),
+    forward=KernelProfile(efficiency=0.4, row_keys=60, key_rows=20, call_s=3e-4, mask_s=2e-4, element_s=6e-9),
+    backward=KernelProfile(efficiency=0.3, row_keys=30, key_rows=10, call_s=5e-4, mask_s=1e-4, element_s=5e-9),
     memory_bytes_per_s=2e10,
     block_s=2e-3,
 )
@@ -57,7 +61,7 @@ class Told:
     """In place of the measurements: what a device of known costs would take."""
 
     def __init__(self, kernel, device, dtype, heads, kv_heads, head_dim, repetitions) -> None:
-        self.measured = calibrating.Measurement
+        self.heads = heads
 
     def copy_bytes_per_s(self, num_bytes: int) -> float:
         return TRUTH.memory_bytes_per_s
@@ -66,20 +70,12 @@ class Told:
         return TRUTH.block_s
 
     def call(self, band, device: DeviceProfile) -> list:
-        rows, keys = band.q1, band.k1
-        causal = band == causal_band(0, rows) != rectangle(0, rows, 0, keys)
-        area = rows * (rows + 1) // 2 if causal else rows * keys
-        shape = Shape(rows, keys, area, int(causal))
+        (shape,) = shapes((band,), "cpu_flash")
+        blank = Measurement(*shape[:3], 0.0, self.heads, 16, False, shape.diagonals, shape.mask)
         return [
-            self.measured(
-                rows,
-                keys,
-                area,
-                TRUTH.kernel_s([shape], heads=2, head_dim=16, dtype="float32", backward=backward),
-                2,
-                16,
-                backward,
-                int(causal),
+            blank._replace(
+                seconds=TRUTH.kernel_s([shape], heads=self.heads, head_dim=16, dtype="float32", backward=backward),
+                backward=backward,
             )
             for backward in (False, True)
         ]
@@ -92,6 +88,34 @@ def test_known_costs_are_found_again(monkeypatch) -> None:
     for mine, truth in ((got.profile.forward, TRUTH.forward), (got.profile.backward, TRUTH.backward)):
         assert dataclasses.astuple(mine) == pytest.approx(dataclasses.astuple(truth), rel=1e-4)
     assert (got.profile.memory_bytes_per_s, got.profile.block_s) == (2e10, 2e-3)
+
+
+def test_a_device_that_is_slow_for_a_while_is_so_to_all_calls(monkeypatch) -> None:
+    """Two rounds of five take three times as long: no call's median sees them."""
+    seen: list[Any] = []
+
+    class Slow(Told):
+        def call(self, band, device: DeviceProfile) -> list:
+            seen.append(band)
+            factor = 3 if seen.count(band) in (2, 4) else 1
+            return [m._replace(seconds=factor * m.seconds) for m in super().call(band, device)]
+
+    monkeypatch.setattr(calibrating, "_Bench", Slow)
+    got = calibrate(CPU, torch.float32, **HEADS, repetitions=5)
+    assert got.median_error < 1e-6 and max(map(abs, got.errors)) < 1e-6
+    once = len(seen) // 5
+    assert seen == 5 * seen[:once] and len(set(seen[:once])) == once
+
+
+def test_a_kernel_that_takes_windows_has_no_masks_to_measure(monkeypatch) -> None:
+    class Cudnn:
+        name = "cudnn"
+
+    monkeypatch.setattr(calibrating, "pick", lambda probe, softcap: Cudnn())
+    monkeypatch.setattr(calibrating, "_Bench", Told)
+    got = calibrate(CPU, torch.float32, **HEADS)
+    assert got.profile.kernel == "cudnn" and not any(m.mask for m in got.measurements)
+    assert (got.profile.forward.mask_s, got.profile.backward.element_s) == (0, 0)
 
 
 def test_widening_is_counted_as_traffic() -> None:

@@ -11,14 +11,14 @@ from longspan.hardware.fit import Measurement, fit_profile, relative_errors
 from longspan.hardware.profile import DeviceProfile, KernelProfile, Shape, make_profile
 
 
-def measured(device: DeviceProfile, noise: float = 0.0) -> list[Measurement]:
+def measured(device: DeviceProfile, noise: float = 0.0, dtype: str = "bfloat16") -> list[Measurement]:
     rng, rows = np.random.default_rng(0), []
     for num_q, num_k in [(100, 100), (1000, 100), (100, 1000), (3000, 3000), (500, 4000), (4000, 500), (64, 9000)]:
         for backward in (False, True):
             for diagonals in (0, 1) if num_q == num_k else (0,):
                 area = num_q * (num_k + 1) // 2 if diagonals else num_q * num_k
                 shape = [Shape(num_q, num_k, area, diagonals)]
-                time_s = device.kernel_s(shape, heads=3, head_dim=64, dtype="bfloat16", backward=backward)
+                time_s = device.kernel_s(shape, heads=3, head_dim=64, dtype=dtype, backward=backward)
                 time_s *= 1 + noise * rng.standard_normal()
                 rows.append(Measurement(num_q, num_k, area, time_s, 3, 64, backward, diagonals))
     return rows
@@ -37,6 +37,27 @@ def test_the_fit_finds_what_the_measurements_were_made_of() -> None:
     noisy = fit_profile(measured(truth, noise=0.02), make_profile("h200"), name="mine")
     assert noisy.forward.efficiency == pytest.approx(0.6, rel=0.1)
     assert min(noisy.forward.row_keys, noisy.forward.key_rows, noisy.backward.key_rows, noisy.forward.call_s) >= 0
+
+
+def test_the_price_of_masks_is_found_beside_the_rest() -> None:
+    like = make_profile("cpu")
+    truth = dataclasses.replace(
+        like,
+        forward=KernelProfile(efficiency=0.6, row_keys=30, key_rows=20, call_s=1e-5, mask_s=6e-5, element_s=4e-9),
+        backward=KernelProfile(efficiency=0.7, row_keys=10, key_rows=30, call_s=2e-5, mask_s=0.0, element_s=9e-9),
+    )
+    rows = measured(truth, dtype="float32")
+    for keys in (64, 300, 1500):
+        for backward in (False, True):
+            blank = Measurement(64, keys, 64 * keys, 0.0, 1, 64, backward, mask=64 * keys)
+            seconds = truth.kernel_s([blank.shape], heads=1, head_dim=64, dtype="float32", backward=backward)
+            rows.append(blank._replace(seconds=seconds))
+    fitted = fit_profile(rows, like, name="mine")
+    for got, expected in ((fitted.forward, truth.forward), (fitted.backward, truth.backward)):
+        assert dataclasses.astuple(got) == pytest.approx(dataclasses.astuple(expected), rel=1e-6, abs=1e-9)
+    assert relative_errors(rows, truth, dtype="float32") == pytest.approx([0.0] * len(rows), abs=1e-12)
+    unmasked = fit_profile([row for row in rows if not row.mask], like, name="mine")
+    assert (unmasked.forward.mask_s, unmasked.forward.element_s) == (0, 0)
 
 
 def test_a_direction_that_was_not_measured_stays() -> None:

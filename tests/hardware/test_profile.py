@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -42,6 +43,27 @@ def test_a_call_by_hand() -> None:
     assert seconds(costly, Shape(2, 3, 6)) == pytest.approx(100 + 4 * (6 + 7 * 2 + 11 * 3) / 8)
 
 
+def test_a_dense_mask_costs_once_whatever_the_heads() -> None:
+    kernel = KernelProfile(efficiency=0.5, call_s=100, mask_s=1000, element_s=7)
+    device = dataclasses.replace(TOY, forward=kernel)
+    masked = Shape(2, 3, 6, mask=6)
+    assert seconds(device, masked) == pytest.approx(100 + 1000 + 7 * 6 + 4 * 6 / 8)
+    assert seconds(device, masked, heads=5) == pytest.approx(100 + 1000 + 7 * 6 + 5 * 4 * 6 / 8)
+    # The second shares the first one's mask.
+    assert seconds(device, masked, Shape(2, 3, 6)) == pytest.approx(2 * 100 + 1000 + 7 * 6 + 2 * 4 * 6 / 8)
+    assert seconds(device.slowed(0.5), masked) == pytest.approx(2 * seconds(device, masked))
+    assert seconds(device, masked, backward=True) == pytest.approx(10 * 6 / 4)  # has a price of its own: none
+
+
+def test_a_diagonal_may_waste_more_than_an_edge() -> None:
+    wide = dataclasses.replace(TOY, tile_rows=64, tile_keys=64, diagonal_keys=512)
+    # Torch's CPU kernel: 512 causal takes as long as full, 2048 has 0.625 of it; 64 keys are not made 512.
+    for rows, share in ((256, 1), (512, 1), (1024, 0.75), (2048, 0.625)):
+        causal = Shape(rows, rows, rows * (rows + 1) // 2, 1)
+        assert seconds(wide, causal) == pytest.approx(share * seconds(wide, Shape(rows, rows, rows**2)), rel=2e-3)
+    assert seconds(wide, Shape(64, 64, 64**2)) == pytest.approx(4 * 64**2 / 8)
+
+
 def test_fragments_cost_a_launch_each_unless_packed() -> None:
     device = dataclasses.replace(TOY, forward=KernelProfile(efficiency=0.5, call_s=1.0))
     fragments = [Shape(1, 1, 1)] * 8
@@ -52,7 +74,7 @@ def test_fragments_cost_a_launch_each_unless_packed() -> None:
 def test_work_is_whole_tiles() -> None:
     table = np.array([(5, 8, 40, 0), (8, 8, 36, 1), (8, 8, 64, 0), (1, 1, 1, 1)], dtype=float)
     # 5 rows fill two tiles of 4; the diagonal of 8 x 8 runs through tiles of 4 and wastes half a tile a row.
-    assert kernel_pairs(table, 4, 4).tolist() == [64, 36 + 8 * 4 / 2, 64, 16]
+    assert kernel_pairs(table, 4, 4, 4).tolist() == [64, 36 + 8 * 4 / 2, 64, 16]
 
 
 def test_a_call_that_does_not_fill_the_device_leaves_the_rest_idle() -> None:
@@ -93,6 +115,10 @@ def test_presets_survive_json_and_are_below_their_peak(name: str) -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="efficiency must be positive"):
         KernelProfile(efficiency=0)
+    with pytest.raises(ValueError, match="its costs at least 0"):
+        KernelProfile(efficiency=1, element_s=-1e-9)
+    with pytest.raises(ValueError, match="diagonal_keys is at least 0, got -1"):
+        dataclasses.replace(TOY, diagonal_keys=-1)
     with pytest.raises(ValueError, match="tiles and slots must be positive"):
         dataclasses.replace(TOY, tile_rows=0)
     with pytest.raises(ValueError, match="block_s is a time"):
@@ -102,6 +128,18 @@ def test_refusals() -> None:
     for bad in ("{", "{}", TOY.to_json().replace("efficiency", "speed")):
         with pytest.raises(ValueError, match="device profile must be"):
             DeviceProfile.from_json(bad)
+
+
+def test_a_file_from_before_masks_had_a_price_gives_the_same_times() -> None:
+    plain = make_profile("a100")
+    old = json.loads(plain.to_json())
+    del old["diagonal_keys"]
+    for direction in ("forward", "backward"):
+        del old[direction]["mask_s"], old[direction]["element_s"]
+    assert DeviceProfile.from_json(json.dumps(old)) == plain
+    masked = Shape(64, 512, 64 * 512, mask=64 * 512)
+    unmasked = masked._replace(mask=0)
+    assert seconds(plain, masked, dtype="bfloat16") == seconds(plain, unmasked, dtype="bfloat16")
 
 
 def test_a_profile_is_named_or_read_from_a_file(tmp_path) -> None:

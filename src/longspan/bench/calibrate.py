@@ -2,9 +2,10 @@
 
 Measured is the kernel that ``attention.kernels.pick`` takes for the device and dtype. Calls are rectangles and causal
 squares, rows and keys each in a geometric grid, so that what a call, a row, a key and a pair cost can be told apart,
-and waves that do not fill the device are among them. What a library call writes in 16 bits is widened by the kernel;
-profiles count that as traffic, so it is taken off. The cost of a block is what ``engine.Worker.compute`` takes beyond
-its calls.
+and waves that do not fill the device are among them; and, where the kernel makes dense masks, tiles of a window, of one
+head, since a mask is made once for all. They take turns, so that a device which is slow for a while is so to all. What
+a library call writes in 16 bits is widened by the kernel; profiles count that as traffic, so it is taken off. The cost
+of a block is what ``engine.Worker.compute`` takes beyond its calls.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longspan.attention.bands import Band, area, rectangle
+from longspan.attention.bands import Band, rectangle
 from longspan.attention.kernels import Kernel, pick
+from longspan.attention.kernels.calls import TILE_ROWS
 from longspan.attention.kernels.contract import row_sums, stand_in
 from longspan.attention.masks import causal_band, full
 from longspan.attention.merge import accumulator
 from longspan.bench.timing import Step, times_s
 from longspan.context.build import build
 from longspan.context.choose import preset_of
+from longspan.context.costs import WINDOWED, shapes
 from longspan.context.engine import Settings, Worker
 from longspan.hardware.devices import devices
 from longspan.hardware.fit import Measurement, fit_profile, relative_errors
@@ -82,7 +85,7 @@ def calibrate(
         device: with an index where it is CUDA.
         dtype: of the inputs; the profile is fitted in it.
         heads, kv_heads, head_dim: of the calls.
-        sizes: rows and keys of the calls, rising; by default those of ``SIZES``.
+        sizes: rows and keys of the calls, rising; by default those of ``SIZES``. Masked calls have as many keys.
         copy_bytes: of the copy, larger than any cache; by default those of ``COPY_BYTES``.
         repetitions: of each figure, of which the median counts.
         say: takes a line for each measurement and each finding.
@@ -102,20 +105,33 @@ def calibrate(
     say(f"memory {bandwidth / 1e9:,.1f} GB/s, reads and writes counted")
     like = _start(device, str(dtype).removeprefix("torch."), kernel.name, bandwidth)
     sizes = sizes or SIZES[device.type]
-    calls = [rectangle(0, rows, 0, keys) for rows in sizes for keys in sizes]
-    calls += [causal_band(0, rows) for rows in sizes]
-    measurements = [m for band in calls for m in bench.call(band, like)]
+    calls = [(bench, rectangle(0, rows, 0, keys)) for rows in sizes for keys in sizes]
+    calls += [(bench, causal_band(0, rows)) for rows in sizes]
+    if kernel.name not in WINDOWED:
+        single = _Bench(kernel, device, dtype, 1, 1, head_dim, repetitions)
+        calls += [(single, _tile(keys)) for keys in reversed(sizes)]  # the shortest never right after the longest
+    rounds = [[m for one, band in calls for m in one.call(band, like)] for _ in range(repetitions)]
+    measurements = [same[0]._replace(seconds=_median_s(same)) for same in zip(*rounds, strict=True)]
     block_s = bench.block_s(min(BLOCK_TOKENS[device.type], max(sizes)), like)
     name, in_dtype = profile_name(device), like.peak_flop_per_s[0][0]
     profile = fit_profile(measurements, dataclasses.replace(like, block_s=block_s), name=name)
     found = Calibration(profile, measurements, relative_errors(measurements, profile, dtype=in_dtype))
     for m, error in zip(measurements, found.errors, strict=True):
-        kind = f"{'backward' if m.backward else 'forward'}{' causal' if m.diagonals else ''}"
+        kind = f"{'backward' if m.backward else 'forward'}{' causal' if m.diagonals else ' masked' if m.mask else ''}"
         say(f"{m.rows:>6} x {m.keys:<6} {kind:<15} {1e3 * m.seconds:10.4f} ms, the fit {error:+.1%}")
     worst = max(found.errors, key=abs)
     say(f"a block beside its calls {1e6 * block_s:.1f} us; forward {profile.forward}; backward {profile.backward}")
     say(f"{kernel.name} on {name}: median error {found.median_error:.1%}, worst {worst:+.1%}")
     return found
+
+
+def _tile(keys: int) -> Band:
+    """A call with a dense mask: rows of a window that reaches as far as there are keys."""
+    return Band(0, TILE_ROWS, 0, keys, 0, max(0, keys - TILE_ROWS))
+
+
+def _median_s(measurements: Sequence[Measurement]) -> float:
+    return statistics.median(m.seconds for m in measurements)
 
 
 def _start(device: torch.device, dtype: str, kernel: Any, memory_bytes_per_s: float) -> DeviceProfile:
@@ -145,22 +161,25 @@ class _Bench:
     head_dim: int
     repetitions: int
 
-    def median_s(self, step: Step) -> float:
+    def once_s(self, step: Step) -> float:
+        """One figure of a step, which is warm; of a short one, the mean of several."""
         step()
         (once_s,) = times_s(step, self.device, 1)
         calls = max(1, min(_MOST_CALLS, int(_LONG_S / max(once_s, 1e-9))))
-        return statistics.median(times_s(step, self.device, self.repetitions, calls=calls))
+        (mean_s,) = times_s(step, self.device, 1, calls=calls)
+        return mean_s
 
     def copy_bytes_per_s(self, num_bytes: int) -> float:
         source = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
         target = torch.ones_like(source)
-        return 2 * num_bytes / self.median_s(lambda: target.copy_(source))
+        copy_s = statistics.median(self.once_s(lambda: target.copy_(source)) for _ in range(self.repetitions))
+        return 2 * num_bytes / copy_s
 
     def draw(self, tokens: int, heads: int) -> Tensor:
         return torch.randn(1, tokens, heads, self.head_dim, device=self.device, dtype=self.dtype)
 
     def call(self, band: Band, device: DeviceProfile) -> list[Measurement]:
-        """Forward and backward of a block that is one call, from row and key 0 on."""
+        """Forward and backward of a block that is one call, from row and key 0 on, each once."""
         rows, keys = band.q1, band.k1
         q, dout = self.draw(rows, self.heads), self.draw(rows, self.heads)
         k, v = self.draw(keys, self.kv_heads), self.draw(keys, self.kv_heads)
@@ -174,14 +193,25 @@ class _Bench:
             lambda: self.kernel.forward(q, k, v, (band,), scale=scale, softcap=None),
             lambda: self.kernel.backward(dout, q, k, v, lse, delta, (band,), **options),
         )
-        pairs = area(band)
-        diagonals = int(pairs < rows * keys)
+        (shape,) = shapes((band,), self.kernel.name)
         elements = (rows * self.heads, rows * self.heads + 2 * keys * self.kv_heads)
         found = []
         for backward, (step, written) in enumerate(zip(steps, elements, strict=True)):
-            seconds = self.median_s(step)
+            seconds = self.once_s(step)
             seconds = max(seconds - device.traffic_s(written * self.head_dim * self.widened), seconds / 2)
-            found.append(Measurement(rows, keys, pairs, seconds, self.heads, self.head_dim, bool(backward), diagonals))
+            found.append(
+                Measurement(
+                    rows=rows,
+                    keys=keys,
+                    area=shape.area,
+                    seconds=seconds,
+                    heads=self.heads,
+                    head_dim=self.head_dim,
+                    backward=bool(backward),
+                    diagonals=shape.diagonals,
+                    mask=shape.mask,
+                )
+            )
         return found
 
     @property
@@ -222,10 +252,12 @@ class _Bench:
         kept = _Kept(self.kernel)
         blocks(kept)
         calls = list(kept.steps)
-        both_s = self.median_s(lambda: blocks(self.kernel))
-        calls_s = self.median_s(lambda: [call() for call in calls])
+        beyond_s = statistics.median(
+            self.once_s(lambda: blocks(self.kernel)) - self.once_s(lambda: [call() for call in calls])
+            for _ in range(self.repetitions)
+        )
         merges = 3 * accumulator(self.dtype).itemsize * tokens * self.heads * self.head_dim * (_BLOCKS - 1)
-        return max(0.0, (both_s - calls_s - device.traffic_s(merges)) / _BLOCKS)
+        return max(0.0, (beyond_s - device.traffic_s(merges)) / _BLOCKS)
 
 
 class _Kept:

@@ -22,6 +22,7 @@ from longspan.context.schedule import INPUTS, KV_KINDS, SUMS, Block, Kind, Phase
 from longspan.hardware.profile import DeviceProfile, Shape
 
 DTYPES = {2: "bfloat16", 4: "float32", 8: "float64"}
+WINDOWED = ("cudnn", "cuda_flash")  # kernels that take both diagonals of a band in one call
 MIN_SQUARE = 256  # of ``kernels.cudnn``, which needs CUDA's torch to be of use; the plan is the same everywhere
 
 
@@ -50,15 +51,18 @@ def dtype_of(sizes: Sizes) -> str:
 @lru_cache(maxsize=1 << 15)
 def plan(bands: Bands, kernel: str) -> tuple[Call, ...]:
     """The library calls of a block for a back end."""
-    if kernel == "cpu_flash":
-        return plan_calls(bands)
-    return plan_windows(bands, MIN_SQUARE if kernel == "cudnn" else None)
+    if kernel in WINDOWED:
+        return plan_windows(bands, MIN_SQUARE if kernel == "cudnn" else None)
+    return plan_calls(bands)
 
 
 @lru_cache(maxsize=1 << 15)
 def shapes(bands: Bands, kernel: str) -> tuple[Shape, ...]:
-    """The calls of a block as the profile sees them. A masked call computes its whole rectangle."""
-    found = []
+    """The calls of a block as the profile sees them.
+
+    A masked call computes its whole rectangle, and the first of those with equal masks makes the mask for all.
+    """
+    found, made = [], set()
     for q0, q1, k0, k1, kind, parts, _ in plan(bands, kernel):
         rows, keys = q1 - q0, k1 - k0
         if kind == "causal":
@@ -68,7 +72,9 @@ def shapes(bands: Bands, kernel: str) -> tuple[Shape, ...]:
             diagonals = (band.hi < keys - 1) + (band.lo > 1 - rows)
             found.append(Shape(rows, keys, total_area(parts), diagonals))
         else:
-            found.append(Shape(rows, keys, rows * keys))
+            makes = kind == "masked" and (parts, rows, keys) not in made
+            made.add((parts, rows, keys))
+            found.append(Shape(rows, keys, rows * keys, mask=makes * rows * keys))
     return tuple(found)
 
 
@@ -117,7 +123,7 @@ def _kernel_s(phase: Phase, geometry: Geometry, device: DeviceProfile, sizes: Si
         heads += [sizes.batch * (block.heads[1] - block.heads[0])] * len(calls)
     owners = np.array(owner, dtype=np.int64)
     group = owners if device.packed else np.arange(len(owners))
-    rows = np.array(table, dtype=np.float64).reshape(-1, 4)
+    rows = np.array(table, dtype=np.float64).reshape(-1, len(Shape._fields))
     seconds = device.calls_s(
         rows, group, np.array(heads), head_dim=sizes.head_dim, dtype=dtype_of(sizes), backward=backward
     )

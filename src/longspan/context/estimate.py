@@ -3,8 +3,8 @@
 ``tabulate`` turns a phase into arrays once; ``estimate`` prices them on any topology and device in numpy alone. Coarser
 than ``simulate`` in two ways: a wire serves the messages of a step together, all of them through at one time, and then
 those of the next step; and a block's calls come from its pieces of bands, of which only rectangles are joined, not from
-the exact plan. Dependencies between ranks are kept: a rank goes on when its own blocks are done and what lands has come
-from ranks that had got that far.
+the exact plan of all of them. Dependencies between ranks are kept: a rank goes on when its own blocks are done and what
+lands has come from ranks that had got that far.
 
 Cost: arrays of blocks × pieces; tabulating 64 ranks takes some milliseconds a method, pricing two or three.
 """
@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from longspan.context.costs import dtype_of
+from longspan.attention.bands import Band
+from longspan.context.costs import WINDOWED, dtype_of, shapes
 from longspan.context.geometry import Geometry, Ranges, count
 from longspan.context.pieces import pieces_of
 from longspan.context.schedule import SUMS, Schedule, Sizes
@@ -34,7 +35,7 @@ class Table:
         world, num_steps, backward: of the phase.
         blocks: (B, 7) step, rank, rows, keys, query heads, KV heads, whether a result for its queries is there already.
         num_shapes, shapes: (B,) which pieces each block has: blocks on the same queries and keys may share them.
-        pieces: (N, 6) shape, rows, keys, area, diagonals, launches.
+        pieces: (N, 6) shape, rows, keys, area, lo, hi, as ``pieces.pieces_of`` has them.
         moves: (M, 5) step, src, dst, lands, index among ``KINDS``.
         rows: (M,) tokens × heads of each move.
         complete: (M,) whether it is a complete sum.
@@ -118,12 +119,11 @@ def kernel_of(
 
 
 def _kernel(pieces: np.ndarray, num: int, heads: int, device: DeviceProfile, sizes: Sizes, *, backward: bool) -> Kernel:
-    index, launches = pieces[:, 0], pieces[:, 5]
-    shape = pieces[:, 1:5].astype(np.float64)
+    index, calls, launches = _calls(pieces, device.kernel)
     group = index if device.packed else np.arange(len(index))
     kernel = device.backward if backward else device.forward
     seconds = device.calls_s(
-        shape,
+        calls.astype(np.float64),
         group,
         np.full(len(index), sizes.batch * heads),
         head_dim=sizes.head_dim,
@@ -133,8 +133,31 @@ def _kernel(pieces: np.ndarray, num: int, heads: int, device: DeviceProfile, siz
     if not device.packed:
         seconds = np.bincount(index, seconds + (launches - 1) * kernel.call_s, num)
     seconds = np.append(seconds, np.zeros(num - len(seconds)))
-    rows, keys = (np.bincount(index, shape[:, axis], num) for axis in (0, 1))
+    rows, keys = (np.bincount(index, calls[:, axis], num) for axis in (0, 1))
     return Kernel(seconds, np.bincount(index, launches, num) > 1, rows, keys)
+
+
+def _calls(pieces: np.ndarray, kernel: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The calls of pieces of bands: (n,) the shape of each, (n, 5) a ``Shape`` in each row, (n,) its launches.
+
+    A band bounded above alone stands for a square and up to two rectangles. One bounded below is a call, too, where the
+    kernel knows windows; else it goes in tiles, as the kernel cuts it when it is on its own.
+    """
+    index, rows, keys, area, lo, hi = pieces.T
+    above, below = hi < keys - 1, lo > 1 - rows
+    calls = np.stack([rows, keys, area, above.astype(np.int64) + below, np.zeros_like(rows)], 1)
+    launches = 1 + np.where(above & ~below, (hi > 0).astype(np.int64) + (keys - hi < rows), 0)
+    if kernel in WINDOWED or not below.any():
+        return index, calls, launches
+    bands, which = np.unique(pieces[below][:, [1, 2, 4, 5]], axis=0, return_inverse=True)
+    tiles = [np.array(shapes((Band(0, q, 0, k, *diagonals),), kernel)) for q, k, *diagonals in bands.tolist()]
+    of_band = [tiles[number] for number in which.ravel().tolist()]
+    again = np.repeat(index[below], [len(some) for some in of_band])
+    return (
+        np.append(index[~below], again),
+        np.concatenate([calls[~below], *of_band]),
+        np.append(launches[~below], np.ones_like(again)),
+    )
 
 
 def _block_s(table: Table, device: DeviceProfile, sizes: Sizes, known: Known) -> np.ndarray:

@@ -62,7 +62,12 @@ def _expand(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 class Fragments(NamedTuple):
-    """Pieces of bands before rectangles are joined: arrays of block, rows q0..q1, columns k0..k1 and what they cost."""
+    """Pieces of bands before rectangles are joined: arrays of block, rows q0..q1, columns k0..k1, and what is allowed.
+
+    Attributes:
+        area: allowed pairs.
+        lo, hi: of the tight band in the piece's own rows and columns; rectangles reach from 1 - rows to keys - 1.
+    """
 
     block: np.ndarray
     q0: np.ndarray
@@ -70,24 +75,23 @@ class Fragments(NamedTuple):
     k0: np.ndarray
     k1: np.ndarray
     area: np.ndarray
-    diagonals: np.ndarray
-    launches: np.ndarray
+    lo: np.ndarray
+    hi: np.ndarray
 
     def joined(self) -> np.ndarray:
-        """(n, 6) block, rows, keys, area, diagonals, launches, with rectangles that touch made one."""
-        plain = self.diagonals == 0
+        """(n, 6) block, rows, keys, area, lo, hi, with rectangles that touch made one."""
+        sizes = self.q1 - self.q0, self.k1 - self.k0
+        plain = (self.lo <= 1 - sizes[0]) & (self.hi >= sizes[1] - 1)
+        rest = np.stack([self.block, *sizes, self.area, self.lo, self.hi], 1)[~plain]
         whole = np.stack(self[:5], 1)[plain]
         rectangles = _joined(_joined(whole, 3, 1), 1, 3)
         sizes = rectangles[:, 2] - rectangles[:, 1], rectangles[:, 4] - rectangles[:, 3]
-        ones, zeros = np.ones(len(rectangles), np.int64), np.zeros(len(rectangles), np.int64)
-        first = np.stack([rectangles[:, 0], *sizes, sizes[0] * sizes[1], zeros, ones], 1)
-        sizes = self.q1 - self.q0, self.k1 - self.k0
-        rest = np.stack([self.block, *sizes, self.area, self.diagonals, self.launches], 1)[~plain]
+        first = np.stack([rectangles[:, 0], *sizes, sizes[0] * sizes[1], 1 - sizes[0], sizes[1] - 1], 1)
         return np.concatenate([first, rest])
 
 
 def pieces_of(blocks: list[tuple[Ranges, Ranges]], geometry: Geometry) -> np.ndarray:
-    """(n, 6) block, rows, keys, area, diagonals, launches of the pieces of bands of blocks."""
+    """(n, 6) block, rows, keys, area, lo, hi of the pieces of bands of blocks; lo and hi as in ``Fragments``."""
     if not blocks or not len(geometry.table):
         return np.zeros((0, 6), np.int64)
     index: dict[Ranges, int] = {}
@@ -128,10 +132,8 @@ def fragments(sets: Runs, pairs: np.ndarray, geometry: Geometry) -> Fragments:
     block, q_row, k_row = block[owner][some], q_row[owner][some], k_row[owner][some]
     q0, q1, k0, k1, lo, hi = (x[some] for x in (q0, q1, k0, k1, lo, hi))
     area = _areas(q0, q1, k0, k1, lo, hi)
-    above, below = hi < k1 - 1 - q0, lo > k0 - (q1 - 1)
-    # A band bounded above alone is a square and up to two rectangles.
-    launches = 1 + np.where(above & ~below, (q0 + hi > k0).astype(int) + (k1 - hi < q1), 0)
-    return Fragments(block, q_row + q0, q_row + q1, k_row + k0, k_row + k1, area, above.astype(int) + below, launches)
+    own = q0 - k0
+    return Fragments(block, q_row + q0, q_row + q1, k_row + k0, k_row + k1, area, lo + own, hi + own)
 
 
 def _tight(cut: list[np.ndarray]) -> tuple[np.ndarray, ...]:

@@ -1,7 +1,8 @@
 """Fitting a device profile to measured calls, and how far the fit is from each of them.
 
-Non-negative least squares in relative error, over the four costs of ``hardware.profile``'s formula: a pair, a row, a
-key and a call. What runs at once and how large tiles are is not fitted: it comes from the profile that one starts from.
+Non-negative least squares in relative error, over the six costs of ``hardware.profile``'s formula: a pair, a row, a
+key, a call, a mask and its elements. What runs at once and how large tiles are is not fitted: it comes from the profile
+that one starts from.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from longspan.hardware.profile import (
     DeviceProfile,
     KernelProfile,
     Shape,
-    kernel_pairs,
     utilisation,
 )
 
@@ -34,6 +34,11 @@ class Measurement(NamedTuple):
     head_dim: int
     backward: bool
     diagonals: int = 0
+    mask: int = 0
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.rows, self.keys, self.area, self.diagonals, self.mask)
 
 
 def fit_kernel(
@@ -50,29 +55,39 @@ def fit_kernel(
             f"a fit needs two or more {'backward' if backward else 'forward'} measurements, got {len(rows)}; "
             "measure several shapes"
         )
-    table = np.array([(m.rows, m.keys, m.area, m.diagonals) for m in rows], dtype=np.float64)
+    table = np.array([m.shape for m in rows], dtype=np.float64)
     heads, dims, seconds = (
         np.array([getattr(m, name) for m in rows], float) for name in ("heads", "head_dim", "seconds")
     )
     tiles = heads * np.ceil((table[:, 1] / device.tile_keys) if backward else (table[:, 0] / device.tile_rows))
     scale = heads * FLOP_PER_PAIR_DIM[backward] * dims / utilisation(tiles, device.num_slots)
-    pairs = kernel_pairs(table, device.tile_rows, device.tile_keys)
-    columns = np.stack([scale * pairs, scale * table[:, 0], scale * table[:, 1], np.ones(len(rows))], 1)
-    pair_s, row_s, key_s, call_s = _non_negative(columns / seconds[:, None], np.ones(len(rows)))
+    pairs = device.computed_pairs(table)
+    masks = table[:, 4]
+    columns = np.stack([scale * pairs, *(scale * table[:, :2].T), np.ones(len(rows)), masks > 0, masks], 1)
+    pair_s, row_s, key_s, call_s, mask_s, element_s = _non_negative(columns / seconds[:, None], np.ones(len(rows)))
     if pair_s <= 0:
         raise ValueError("the measurements do not grow with the allowed pairs; measure longer blocks")
     return KernelProfile(
-        efficiency=1 / (pair_s * device.peak(dtype)), row_keys=row_s / pair_s, key_rows=key_s / pair_s, call_s=call_s
+        efficiency=1 / (pair_s * device.peak(dtype)),
+        row_keys=row_s / pair_s,
+        key_rows=key_s / pair_s,
+        call_s=call_s,
+        mask_s=mask_s,
+        element_s=element_s,
     )
 
 
 def _non_negative(columns: np.ndarray, target: np.ndarray) -> list[float]:
-    """Least squares with weights >= 0 (Lawson and Hanson 1974): of all active sets the best, since there are 16."""
+    """Least squares with weights >= 0 (Lawson and Hanson 1974): of all active sets the best, since there are 64.
+
+    What no measurement has is 0.
+    """
     size = columns.shape[1]
     scale = np.linalg.norm(columns, axis=0)
+    some = np.flatnonzero(scale)
     best, best_error = np.zeros(size), math.inf
-    for mask in range(1, 1 << size):
-        active = [i for i in range(size) if mask >> i & 1]
+    for mask in range(1, 1 << len(some)):
+        active = [i for bit, i in enumerate(some) if mask >> bit & 1]
         if len(active) > len(target):
             continue
         found = np.linalg.lstsq(columns[:, active] / scale[active], target, rcond=None)[0] / scale[active]
@@ -114,7 +129,7 @@ def relative_errors(measurements: Iterable[Measurement], device: DeviceProfile, 
     """For each measurement (predicted - measured) / measured."""
     return [
         device.kernel_s(
-            [Shape(m.rows, m.keys, m.area, m.diagonals)],
+            [m.shape],
             heads=m.heads,
             head_dim=m.head_dim,
             dtype=dtype,

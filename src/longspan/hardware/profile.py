@@ -3,11 +3,15 @@
 The time of one kernel call on ``rows`` queries and ``keys`` keys that allows ``area`` pairs, for ``heads`` heads:
 
     call_s + heads / utilisation * (pairs + row_keys * rows + key_rows * keys) * flop_per_pair / (efficiency * peak)
+    + mask_s + element_s * rows * keys    for a call that makes a dense mask
 
 ``pairs`` is the area in whole tiles: the kernel computes a tile that a diagonal or an edge cuts as if it were full.
+Along a diagonal some compute wider tiles than at edges: ``diagonal_keys``.
 ``row_keys`` is what a row costs beside its pairs (load q, write out), as a number of keys; ``key_rows`` likewise.
 ``utilisation`` is how full the waves of tiles are: a call of fewer tiles than the device has room for leaves the rest
-idle. A model of area alone is wrong where it matters: on short blocks and many fragments.
+idle. A kernel that does not know windows takes a dense mask for them, made once for all heads and for all calls of a
+block whose masks are equal; such a call computes its whole rectangle. A model of area alone is wrong where it matters:
+on short blocks and many fragments.
 
 All numbers are of one device alone. ``hardware.fit`` takes them from measurements, ``hardware.saved`` keeps those; the
 presets solve them from kernel figures (FlashAttention-2, Dao 2023, arXiv:2307.08691; the project's H200).
@@ -32,12 +36,13 @@ CALL_S = 8e-6  # a launch with its tail on an idle stream; published figures do 
 
 
 class Shape(NamedTuple):
-    """A kernel call: rows and keys of its rectangle, allowed pairs, and how many tile rows a diagonal cuts."""
+    """A kernel call: rows and keys of its rectangle, allowed pairs, what cuts them, and the mask it makes."""
 
     rows: int
     keys: int
     area: int
     diagonals: int = 0  # diagonals that cut the rectangle: 1 for causal, 2 for a window
+    mask: int = 0  # elements of the dense mask that is made for the call; 0 where it has none or an earlier call's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,15 +54,19 @@ class KernelProfile:
         row_keys: cost of a row beside its pairs, as a number of keys.
         key_rows: cost of a key beside its pairs, as a number of rows.
         call_s: cost of a call beside its work.
+        mask_s, element_s: cost of making a dense mask beside its elements, and of each of them.
     """
 
     efficiency: float
     row_keys: float = 0.0
     key_rows: float = 0.0
     call_s: float = CALL_S
+    mask_s: float = 0.0
+    element_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.efficiency < math.inf or min(self.row_keys, self.key_rows, self.call_s) < 0:
+        costs = self.row_keys, self.key_rows, self.call_s, self.mask_s, self.element_s
+        if not 0 < self.efficiency < math.inf or min(costs) < 0:
             raise ValueError(
                 f"a kernel's efficiency must be positive and its costs at least 0, got {self}; fit it from measurements"
             )
@@ -74,6 +83,7 @@ class DeviceProfile:
         memory_bytes_per_s: what copies and merges reach, reads and writes counted.
         memory_bytes: all of it.
         tile_rows, tile_keys: the kernel's tile.
+        diagonal_keys: keys of a tile that a diagonal cuts; 0 for ``tile_keys``.
         num_slots: tiles of rows that run at once; 1 where they run one after another (CPU), so waves do not matter.
         kernel: the back end of ``attention.kernels`` whose way of cutting a mask into calls holds.
         packed: whether all fragments of a block go in one launch, as kernels for packed documents do; else one each.
@@ -92,12 +102,15 @@ class DeviceProfile:
     kernel: Literal["cudnn", "cuda_flash", "cpu_flash"] = "cudnn"
     packed: bool = False
     block_s: float = 0.0
+    diagonal_keys: int = 0
 
     def __post_init__(self) -> None:
         if not self.peak_flop_per_s or min(peak for _, peak in self.peak_flop_per_s) <= 0:
             raise ValueError(
                 f"a device needs positive peak rates, got {self.peak_flop_per_s}; give (dtype, rate) pairs"
             )
+        if self.diagonal_keys < 0:
+            raise ValueError(f"diagonal_keys is at least 0, got {self.diagonal_keys}; use 0 for those of other tiles")
         if self.block_s < 0:
             raise ValueError(f"block_s is a time, at least 0, got {self.block_s}; use 0 for none")
         if min(self.memory_bytes_per_s, self.memory_bytes, self.tile_rows, self.tile_keys, self.num_slots) <= 0:
@@ -115,7 +128,7 @@ class DeviceProfile:
         self, shapes: Iterable[Shape], *, heads: int, head_dim: int, dtype: str, backward: bool = False
     ) -> float:
         """Seconds of the calls of one block. ``heads`` counts the heads of all rows of the batch."""
-        table = np.array([tuple(shape) for shape in shapes], dtype=np.float64).reshape(-1, 4)
+        table = np.array([tuple(shape) for shape in shapes], dtype=np.float64).reshape(-1, len(Shape._fields))
         group = np.zeros(len(table), np.int64) if self.packed else np.arange(len(table))
         seconds = self.calls_s(
             table, group, np.full(len(table), heads), head_dim=head_dim, dtype=dtype, backward=backward
@@ -128,12 +141,17 @@ class DeviceProfile:
         """Seconds of launches: rows of ``table`` are ``Shape``s, ``group`` the launch of each (0, 1, ... all used)."""
         kernel = self.backward if backward else self.forward
         num = int(group.max()) + 1 if len(group) else 0
-        pairs = kernel_pairs(table, self.tile_rows, self.tile_keys)
+        pairs = self.computed_pairs(table)
         work = heads * (pairs + kernel.row_keys * table[:, 0] + kernel.key_rows * table[:, 1])
         tiles = heads * np.ceil((table[:, 1] / self.tile_keys) if backward else (table[:, 0] / self.tile_rows))
         rate = self.pairs_per_s(head_dim=head_dim, dtype=dtype, backward=backward)
         full = utilisation(np.bincount(group, tiles, num), self.num_slots)
-        return kernel.call_s + np.bincount(group, work, num) / rate / full
+        masks_s = kernel.mask_s * (table[:, 4] > 0) + kernel.element_s * table[:, 4]
+        return kernel.call_s + np.bincount(group, masks_s, num) + np.bincount(group, work, num) / rate / full
+
+    def computed_pairs(self, table: np.ndarray) -> np.ndarray:
+        """Pairs that the kernel computes of each of the ``Shape``s in the rows of ``table``."""
+        return kernel_pairs(table, self.tile_rows, self.tile_keys, self.diagonal_keys or self.tile_keys)
 
     def pairs_per_s(self, *, head_dim: int, dtype: str, backward: bool) -> float:
         """Pairs of one head that a kernel computes a second where its waves are full."""
@@ -146,7 +164,8 @@ class DeviceProfile:
             return self
 
         def kernel(profile: KernelProfile) -> KernelProfile:
-            return dataclasses.replace(profile, call_s=profile.call_s / share)
+            costs = {name: getattr(profile, name) / share for name in ("call_s", "mask_s", "element_s")}
+            return dataclasses.replace(profile, **costs)
 
         return dataclasses.replace(
             self,
@@ -185,15 +204,15 @@ _Flat = dataclasses.make_dataclass(
 )
 
 
-def kernel_pairs(table: np.ndarray, tile_rows: int, tile_keys: int) -> np.ndarray:
+def kernel_pairs(table: np.ndarray, tile_rows: int, tile_keys: int, diagonal_keys: int) -> np.ndarray:
     """Pairs that a kernel computes: the area, each diagonal widened to its tiles, edges rounded up to tiles.
 
-    A diagonal leaves half a tile's pairs unused in each tile it crosses, on the average.
+    A diagonal leaves half the pairs of each tile it crosses unused, on the average.
     """
-    rows, keys, area, diagonals = table.T
+    rows, keys, area, diagonals = table[:, :4].T
     rounded = np.ceil(rows / tile_rows) * tile_rows * np.ceil(keys / tile_keys) * tile_keys
     edges = rounded / np.maximum(rows * keys, 1)
-    wasted = diagonals * np.minimum(rows, keys) * tile_keys / 2
+    wasted = diagonals * np.minimum(rows, keys) * diagonal_keys / 2
     return np.minimum(area * edges + wasted, rounded)
 
 
@@ -222,11 +241,11 @@ def _from_ceilings(blank: DeviceProfile, ceilings: Iterable[Ceiling], heads: int
         start: KernelProfile = getattr(blank, direction)
         columns, left = [], []
         for c in points:
-            area = c.length * (c.length + 1) / 2
+            area = c.length * (c.length + 1) // 2
             flop = FLOP_PER_PAIR_DIM[backward] * head_dim * heads
-            table = np.array([(c.length, c.length, area, 1)], dtype=np.float64)
+            table = np.array([Shape(c.length, c.length, area, 1)], dtype=np.float64)
             full = utilisation(np.ceil(heads * np.array([c.length]) / blank.tile_rows), blank.num_slots)[0]
-            pairs = kernel_pairs(table, blank.tile_rows, blank.tile_keys)[0]
+            pairs = blank.computed_pairs(table)[0]
             columns.append((flop / full * pairs, flop / full * c.length))
             left.append(flop * area / c.flop_per_s - start.call_s)
         if len(points) == 1:
@@ -304,8 +323,11 @@ def a10() -> DeviceProfile:
 
 
 def cpu() -> DeviceProfile:
-    """Torch's CPU flash attention on one core, roughly: calibrate it on your own machine."""
-    kernel = KernelProfile(efficiency=0.5, row_keys=32, key_rows=8, call_s=1.5e-4)
+    """Torch's CPU flash attention on one core, roughly: calibrate it on your own machine.
+
+    Along a diagonal it computes blocks of 512 keys: a causal square of 512 takes as long as a full one (measured).
+    """
+    kernel = KernelProfile(efficiency=0.5, row_keys=32, key_rows=8, call_s=1.5e-4, mask_s=1e-4, element_s=4e-9)
     return DeviceProfile(
         name="cpu",
         peak_flop_per_s=(("float32", 6e10), ("bfloat16", 3e10), ("float64", 3e10)),
@@ -315,6 +337,7 @@ def cpu() -> DeviceProfile:
         memory_bytes=16 * 10**9,
         tile_rows=64,
         tile_keys=64,
+        diagonal_keys=512,
         kernel="cpu_flash",
     )
 
