@@ -73,6 +73,13 @@ def test_the_lab_counts_in_bits() -> None:
     assert len(lab("mesh", 4, 100e6).resources) == 12
 
 
+def test_a_rank_of_the_lab_pays_for_messages_and_bytes_with_its_share_of_a_core() -> None:
+    whole, share = lab("port", 4, 100e6), lab("port", 4, 100e6, 0.4)
+    assert whole.blocking and share.blocking  # gloo's sockets are served by the rank's own core
+    assert share.message_s == pytest.approx(whole.message_s / 0.4)
+    assert share.byte_s == pytest.approx(whole.byte_s / 0.4)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -218,12 +218,13 @@ def _path(t: Topology, src: int, dst: int) -> Path:
 
 
 _TCP_BYTE_S = 1e-9  # of a core, at either end of a virtual cable
+_GLOO_MESSAGE_S = 2e-4  # of a core, to send one message and receive another, of 16 KB to 256 KB (measured on loopback)
 
 
 def lab(kind: Literal["port", "mesh"], num_ranks: int, rate_bit_per_s: float, cores: float = 1.0) -> Topology:
     """Network namespaces on one machine, each port or pair link with a token bucket (``longspan bench``'s lab).
 
-    ``cores`` is what each rank has for moving its bytes.
+    ``cores`` is what each rank has for moving its bytes and for what a message costs beside them.
     """
     return Topology(
         name=f"lab {kind} {rate_bit_per_s / 1e6:g} Mbit/s",
@@ -231,8 +232,9 @@ def lab(kind: Literal["port", "mesh"], num_ranks: int, rate_bit_per_s: float, co
         shape=kind,
         link_bytes_per_s=rate_bit_per_s / 8,
         latency_s=1e-4,
-        message_s=1e-4,
+        message_s=_GLOO_MESSAGE_S / cores,
         byte_s=_TCP_BYTE_S / cores,
+        blocking=True,
     )
 
 
