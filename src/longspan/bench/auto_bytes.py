@@ -36,7 +36,7 @@ from longspan.hardware.topology import make_topology
 from longspan.layout.tokens import Layout
 
 _LOCAL_TOKENS = 8192
-# The second is a network card of 10 Gbit/s for each GPU.
+# The second is a network card of 10 Gbit/s for each GPU, and nothing else between any two.
 _SLOW_BYTES_PER_S = 1.25e9
 LINKS = ("NVSwitch", "10 Gbit/s")
 
@@ -44,7 +44,7 @@ LINKS = ("NVSwitch", "10 Gbit/s")
 def _where(link: str, world: int, head_dim: int) -> Where:
     topology = make_topology("h200", world)
     if link != "NVSwitch":
-        topology = replace(topology, name=link, link_bytes_per_s=_SLOW_BYTES_PER_S)
+        topology = replace(topology, name=link, link_bytes_per_s=_SLOW_BYTES_PER_S, node_size=0)
     return Where(topology=topology, device=make_profile("h200"), sizes=sizes_of(torch.bfloat16, head_dim, 1))
 
 
