@@ -73,6 +73,7 @@ CHOSEN_BY: dict[str, str] = {
 _SCHEDULE = "run: gloo on CPU, and on one H200 (staged), NCCL on four H200; emulate: 1–8 ranks"
 _CPU = "CPU: against float64, forward and gradients"
 _CUDA = "one H200: 16-bit against float64, forward and gradients"
+_AXIS = "gloo on CPU, and NCCL on up to four H200: loss and every gradient equal one process's"
 _AXES = "on every axis loss and every gradient equal one process's"
 _NEWER = (
     "striped", "descending", "opposing", "double_ring", "all_gather", "mask_aware", "kept_keys", "ulysses",
@@ -90,15 +91,16 @@ VERIFIED: dict[str, str] = {
     "kernel/cpu_flash": _CPU,
     "kernel/reference": _CPU,
     "architecture": "logits equal transformers', both ways, random weights",
-    "axis": "gloo on CPU: loss and every gradient equal one process's",
-    "axis/data": "gloo on CPU: loss and every gradient equal one process's; NCCL on four H200 (ZeRO-2, ZeRO-3)",
-    "axis/context": "gloo on CPU: loss and every gradient equal one process's; NCCL on four H200",
-    "pipeline": "gloo on CPU: loss and every gradient equal one process's",
+    "axis": _AXIS,
+    "pipeline": _AXIS,
+    "pipeline/looped_bfs": "gloo on CPU: loss and every gradient equal one process's",
+    "pipeline/dualpipev": "gloo on CPU: loss and every gradient equal one process's",
     "recompute": "gradients equal those without, on CPU; trained with on one H200",
     "offload": "gradients equal those without, bit by bit, on CPU and on one H200",
     "precision/fp32": "gloo on CPU",
     "precision/bf16": "gloo on CPU; trained with on one H200",
-    "precision/pure_bf16": "gloo on CPU: trained beside fp32, resumed bit by bit; CUDA kernel and a step on one H200",
+    "precision/pure_bf16": "gloo on CPU: trained beside fp32, resumed bit by bit; CUDA kernel, a step of 1B at 8K and "
+    "of 8B at 512K tokens on one H200",
     "balance": "gloo on CPU: loss, auxiliary loss, loads and every gradient equal one process's",
     "tuning/lora": f"CPU: peft reads what is written and gives the same logits; runs resume and are exported; {_AXES}",
     "tuning/freeze": f"CPU: what is frozen stays, bit by bit; {_AXES}",
