@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # GPU tests, and the benches of training steps and of memory on one GPU: benchmarks/gpus.sh OUT STAGE...
 #
-#   tests     the GPU tests, those for several GPUs where there are several
-#   step      a training step of 8,192 tokens, everybody's, beside the floor
-#   step128k  and of 131,072
-#   memory    what each way of saving memory saves and costs, by sequence length (1B)
+#   tests       the GPU tests, those for several GPUs where there are several
+#   step        a training step of 8,192 tokens, everybody's, beside the floor
+#   step128k    and of 131,072
+#   memory      what each way of saving memory saves and costs, by sequence length (1B)
 #   memory128k  some of them at 131,072 tokens
-#   lora      8B at 524,288 tokens on one card of 140 GB, adapters
-#   full      the same, all weights in bf16, AdamW included
+#   lora        8B at 524,288 tokens on one card of 140 GB, adapters
+#   full        the same, all weights in bf16, AdamW included
 #
 # Stages write to OUT/STAGE. `lora` and `full` see windows of 4,096 tokens: the memory of full attention, in far less
 # time. They pin up to 100 GiB of the host's memory.

@@ -11,7 +11,7 @@ from longspan.attention.masks import documents
 from longspan.bench import auto_bytes
 from longspan.context.build import checked_schedule
 from longspan.context.choose import layout_of
-from longspan.context.estimate import sent_bytes
+from longspan.context.estimate import estimate, sent_bytes
 from longspan.context.schedule import Sizes, bytes_sent
 from tests.data import REPOSITORY
 
@@ -23,6 +23,15 @@ def test_bytes_are_those_of_the_schedule(method: str) -> None:
     schedule = checked_schedule(mask, layout, method, 8, 2)
     counted = sent_bytes(auto_bytes._forward(method, mask, layout, 8, 2), sizes)
     assert counted.tolist() == bytes_sent(schedule.forward, 4, sizes)
+
+
+@pytest.mark.parametrize("world", [8, 16])
+def test_the_slow_link_is_slow_between_any_two_ranks(world: int) -> None:
+    """Also on two nodes of eight: no phase is faster than what its fullest port sends."""
+    mask, where = documents([world * 512]), auto_bytes._where("10 Gbit/s", world, 128)
+    phase = auto_bytes._forward("ulysses", mask, layout_of("contiguous", mask, world), 16, 16)
+    wire_s = sent_bytes(phase, where.sizes).max() / 1.25e9
+    assert estimate(phase, where.topology, where.device, where.sizes) >= wire_s > 0
 
 
 def test_the_page_shows_what_was_counted_and_what_holds() -> None:

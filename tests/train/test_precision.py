@@ -90,6 +90,23 @@ def test_a_step_that_diverges_leaves_masters_and_their_gradients() -> None:
     run_ranks(diverging, 1)
 
 
+def norms(rank: int, world: int) -> list[float]:
+    """The gradient's norm by itself, beside finite losses, and where the last rank's loss is not finite."""
+    from longspan.train.config import TrainConfig
+    from longspan.train.loop import Trainer
+
+    plan = Plan(data=2, context=1, precision="fp32").fit(world)
+    trainer = Trainer(TrainConfig(out=Path("unused"), seed=3), CONFIG, plan, torch.device("cpu"))
+    trainer.gradients(micros(plan, rank, 1, False))
+    lost = torch.tensor([float("inf") if rank == world - 1 else 1.0, 0.0], dtype=torch.float64)
+    return [float(trainer.gradient_norm(nats)) for nats in (None, torch.full_like(lost, 3.0), lost)]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_the_step_on_all() -> None:
+    for alone, beside, lost in run_ranks(norms, 2):
+        assert alone == beside > 0 and lost != lost
+
+
 def pure(rank: int, world: int, plan: Plan, num_micro: int) -> Any:
     """Losses of four steps in pure bf16, and this rank's parameters after them."""
     from longspan.train.config import OptimConfig, TrainConfig

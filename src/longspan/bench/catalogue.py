@@ -100,7 +100,7 @@ VERIFIED: dict[str, str] = {
     "precision/fp32": "gloo on CPU",
     "precision/bf16": "gloo on CPU; trained with on one H200",
     "precision/pure_bf16": "gloo on CPU: trained beside fp32, resumed bit by bit; CUDA kernel, a step of 1B at 8K and "
-    "of 8B at 512K tokens on one H200",
+    "of 8B at 512K tokens, in windows, on one H200",
     "balance": "gloo on CPU: loss, auxiliary loss, loads and every gradient equal one process's",
     "tuning/lora": f"CPU: peft reads what is written and gives the same logits; runs resume and are exported; {_AXES}",
     "tuning/freeze": f"CPU: what is frozen stays, bit by bit; {_AXES}",
