@@ -34,6 +34,17 @@ def test_adapters_and_a_window_pass_the_gate() -> None:
     assert row["tokens_per_s"] > 0
 
 
+def test_streamed_layers_compute_in_the_dtype_of_the_model() -> None:
+    technique = next(t for t in TECHNIQUES if t.name == "all")
+    model = memory._model(cell(technique), DEVICE, torch.bfloat16)
+    streamed = memory._apply(model, technique, DEVICE)
+    seen = []
+    model.blocks[0].register_forward_hook(lambda block, _, out: seen.append(out[0].dtype))
+    ctx, tokens = memory._context(64, DEVICE, 0), memory._tokens(cell(technique), 64, DEVICE)
+    memory._step(model, streamed, tokens, ctx, None)
+    assert seen[0] == torch.bfloat16
+
+
 def test_a_step_may_end_with_the_optimizers() -> None:
     made = []
     keep = memory.make_optimizer

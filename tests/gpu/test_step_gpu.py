@@ -12,8 +12,12 @@ import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import FileStore
 
+from longspan.attention import masks
+from longspan.context.sequence import SequenceContext
 from longspan.mixers.config import AttentionConfig
 from longspan.mixers.norm import PlusOneRMSNorm, RMSNorm
+from longspan.model.decoder import build
+from longspan.model.recompute import apply_recompute
 from longspan.plan.plan import Plan
 from longspan.train.config import OptimConfig, TrainConfig
 from longspan.train.loop import NotFiniteError, Trainer
@@ -56,6 +60,22 @@ def test_a_norm_is_its_formula(kind: type[RMSNorm], shape: tuple[int, ...], dtyp
         assert (got.double() - reference).abs().max() <= tolerance * reference.abs().max()
     # The output, a factor a token, and 1 + weight; blocks of memory are of 512 bytes.
     assert kept <= x.nbytes + 4 * x[..., 0].numel() + 4 * shape[-1] + 3 * 512
+
+
+def test_kept_attention_of_the_kernel_for_float32_is_that_of_a_plain_step() -> None:
+    """Its mask is made in the first call, which here a selective checkpoint watches."""
+    length, vocabulary = 389, SMALL.vocab_size
+    ids = torch.randint(vocabulary, (1, length + 1), generator=torch.Generator().manual_seed(0)).cuda()
+    found = []
+    for mode in ("attention", "none"):
+        torch.manual_seed(0)
+        model, ctx = build(CONFIG, device="cpu").to("cuda"), SequenceContext(masks.causal(length), device="cuda")
+        apply_recompute(model, mode, keep_ops=(torch.ops.longspan.attention.default,))
+        loss = model.loss(ids[:, :-1], ids[:, 1:], ctx)[0]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
 
 
 @pytest.mark.parametrize("size", [1, 4095, 4096 * 3 + 1])

@@ -63,9 +63,12 @@ class Technique:
     loss_chunk: int | None = None
     offload: Offload = "none"
 
-    def plan(self) -> Plan:
-        """Of one rank; in fp32, for the model is in the dtype of the device already: nothing is cast."""
-        return Plan(context=1, recompute=self.recompute, mlp_tile=self.mlp_tile, offload=self.offload, precision="fp32")
+    def plan(self, dtype: torch.dtype = torch.float32) -> Plan:
+        """Of one rank, that computes in the dtype of the model: nothing is cast."""
+        precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+        return Plan(
+            context=1, recompute=self.recompute, mlp_tile=self.mlp_tile, offload=self.offload, precision=precision
+        )
 
 
 TECHNIQUES = (
@@ -162,7 +165,7 @@ class Cell(Setup):
 def _apply(
     model: DecoderLM, technique: Technique, device: torch.device, *, offload_gib: int = 0, min_bytes: int = 2**20
 ) -> LayerStream | None:
-    plan = technique.plan()
+    plan = technique.plan(next(model.parameters()).dtype)
     plan = replace(plan, offload_gib=offload_gib if plan.moves_activations else 0)
     apply_saving(model, plan, min_bytes=min_bytes)
     return stream(model, plan, device)

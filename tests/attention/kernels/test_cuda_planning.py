@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from longspan.attention import masks
 from longspan.attention.bands import Band, cut, dense, tighten
@@ -21,7 +24,7 @@ from longspan.attention.kernels import cudnn
 from longspan.attention.kernels.calls import plan_windows, window
 from longspan.attention.kernels.cuda_flash import CudaFlash
 from longspan.attention.kernels.cudnn import Cudnn
-from longspan.attention.kernels.flex import BLOCK, blocks_of, element_mask, local_cotangents
+from longspan.attention.kernels.flex import BLOCK, _block_mask, blocks_of, element_mask, local_cotangents
 from longspan.attention.kernels.reference import Reference
 from tests.attention.kernels.blocks import MASKS, RANGES, block, errors, oracle, run, tensors
 
@@ -142,6 +145,32 @@ def test_flex_fills_whole_blocks_and_keeps_each_bitmap_once() -> None:
     blocks = blocks_of(masks.causal(512).bands, 512, 512)
     assert blocks.partial.sum() == 4 and blocks.filled.sum() == 6
     assert len(blocks.bitmaps) == 1  # the diagonal looks alike everywhere
+
+
+@pytest.mark.parametrize("mask", ["causal", "documents", "prefix"])
+def test_flex_lists_blocks_as_torch_does_also_under_a_selective_checkpoint(mask: str) -> None:
+    bands, made = tuple(Band._make(12 * x for x in band) for band in MASKS[mask].bands), []
+
+    @torch.library.custom_op("longspan_test::lists_blocks", mutates_args=())
+    def operator(x: Tensor) -> Tensor:
+        made.append(_block_mask.__wrapped__(cut(bands, (0, 444), (0, 440)), 444, 440, x.device))
+        return x.clone()
+
+    contexts = partial(create_selective_checkpoint_contexts, [torch.ops.longspan_test.lists_blocks.default])
+    checkpoint(operator, torch.ones(1, requires_grad=True), use_reentrant=False, context_fn=contexts)
+    (got,) = made
+    want = BlockMask.from_kv_blocks(
+        got.kv_num_blocks, got.kv_indices, got.full_kv_num_blocks, got.full_kv_indices, BLOCK, got.mask_mod,
+        (444, 440),
+    )  # fmt: skip
+    assert got.seq_lengths == want.seq_lengths and got.shape == want.shape
+    for kind in ("", "full_"):
+        counts = getattr(got, f"{kind}q_num_blocks")
+        assert torch.equal(counts, getattr(want, f"{kind}q_num_blocks"))
+        assert counts.any() or kind
+        for column, count in enumerate(counts[0, 0].tolist()):  # what comes after is never read
+            lists = (getattr(x, f"{kind}q_indices")[0, 0, column, :count] for x in (got, want))
+            assert torch.equal(*lists)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

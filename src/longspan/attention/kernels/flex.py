@@ -105,12 +105,15 @@ def _block_mask(bands: Bands, num_q: int, num_k: int, device: torch.device) -> A
     padded = 1 << max(len(blocks.bitmaps) - 1, _LEAST_BITMAPS - 1).bit_length()
     bitmaps = np.zeros((padded, BLOCK, BLOCK), dtype=bool)
     bitmaps[: len(blocks.bitmaps)] = blocks.bitmaps
-    return BlockMask.from_kv_blocks(
+    # Transposed here, and not by `from_kv_blocks`: its vmap fails in an operator that a selective checkpoint watches.
+    return BlockMask(
+        (num_q, num_k),
         *listed(blocks.partial),
         *listed(blocks.filled),
-        BLOCK_SIZE=BLOCK,
+        *listed(blocks.partial.T),
+        *listed(blocks.filled.T),
+        BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=element_mask(torch.from_numpy(blocks.bitmap_of).to(device), torch.from_numpy(bitmaps).to(device)),
-        seq_lengths=(num_q, num_k),
     )
 
 
