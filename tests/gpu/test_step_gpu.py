@@ -63,7 +63,8 @@ def test_a_norm_is_its_formula(kind: type[RMSNorm], shape: tuple[int, ...], dtyp
 
 
 def test_kept_attention_of_the_kernel_for_float32_is_that_of_a_plain_step() -> None:
-    """Its mask is made in the first call, which here a selective checkpoint watches."""
+    """Its mask is made in the first call, which here a selective checkpoint watches; it differentiates within autograd's
+    own thread of the device."""
     length, vocabulary = 389, SMALL.vocab_size
     ids = torch.randint(vocabulary, (1, length + 1), generator=torch.Generator().manual_seed(0)).cuda()
     found = []
@@ -103,7 +104,7 @@ def test_a_step_waits_for_no_work_that_the_device_has(precision: Any) -> None:
     assert figures[2]["loss"] < figures[0]["loss"]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "pure_bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "pure_bf16"])
 @pytest.mark.usefixtures("one_rank")
 def test_a_step_that_diverges_changes_nothing(precision: Any) -> None:
     plan, device = Plan(context=1, precision=precision).fit(1), torch.device("cuda", 0)

@@ -191,7 +191,8 @@ class Flex:
         stream = torch.cuda.current_stream(q.device)
 
         def differentiate() -> tuple[Tensor, ...]:
-            with torch.cuda.stream(stream):
+            # Not in autograd's own thread of the device: that one runs the backward which waits for this.
+            with torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False):
                 q_in, k_in, v_in = (x.detach().requires_grad_() for x in (q, k, v))
                 out, local_lse = _attend(q_in, k_in, v_in, bands, scale, softcap, compiled())
                 cotangents = local_cotangents(dout, out, local_lse, lse, delta)
