@@ -95,7 +95,7 @@ def test_an_unknown_technique_is_refused() -> None:
         memory.MemoryBenchConfig(techniques=("plain", "magic"))
 
 
-@pytest.mark.parametrize("name", ["16k", "64k", "128k", "8b_full", "8b_lora"])
+@pytest.mark.parametrize("name", ["16k", "64k", "128k", "8b_full", "8b_lora", "8b_lora_640k"])
 def test_the_page_has_the_records_table(name: str) -> None:
     record = json.loads((REPOSITORY / "benchmarks" / "results" / f"memory_{name}_h200.json").read_text())
     assert table(record) in (REPOSITORY / "docs" / "benchmarks.md").read_text()

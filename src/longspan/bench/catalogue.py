@@ -73,8 +73,9 @@ CHOSEN_BY: dict[str, str] = {
 _SCHEDULE = "run: gloo on CPU, and on one H200 (staged), NCCL on four H200; emulate: 1–8 ranks"
 _CPU = "CPU: against float64, forward and gradients"
 _CUDA = "one H200: 16-bit against float64, forward and gradients"
-_AXIS = "gloo on CPU, and NCCL on up to four H200: loss and every gradient equal one process's"
-_AXES = "on every axis loss and every gradient equal one process's"
+_EQUAL = "loss and every gradient equal one process's"
+_AXIS = f"gloo on CPU, and NCCL on up to four H200: {_EQUAL}"
+_AXES = f"on every axis {_EQUAL}"
 _NEWER = (
     "striped", "descending", "opposing", "double_ring", "all_gather", "mask_aware", "kept_keys", "ulysses",
     "staged_ulysses", "usp", "distributed_mha", "token_ring", "light_seq", "burst",
@@ -87,12 +88,12 @@ VERIFIED: dict[str, str] = {
     "pattern": "equal to its definition, element by element",
     "kernel/cudnn": _CUDA,
     "kernel/cuda_flash": _CUDA,
-    "kernel/flex": "one H200: fp32, 16-bit against float64, forward and gradients",
+    "kernel/flex": "one H200: fp32, 16-bit against float64, forward and gradients; fp32 in training steps",
     "kernel/cpu_flash": _CPU,
     "kernel/reference": _CPU,
     "architecture": "logits equal transformers', both ways, random weights",
     "axis": _AXIS,
-    "pipeline": _AXIS,
+    "pipeline": f"gloo on CPU, and NCCL on two H200: {_EQUAL}",
     "pipeline/looped_bfs": "gloo on CPU: loss and every gradient equal one process's",
     "pipeline/dualpipev": "gloo on CPU: loss and every gradient equal one process's",
     "recompute": "gradients equal those without, on CPU; trained with on one H200",
