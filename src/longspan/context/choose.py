@@ -160,6 +160,7 @@ CANDIDATES = (
     "opposing", "double_ring", "token_ring", "light_seq", "burst",
 )  # fmt: skip
 _MIXING_MARGIN = 1.03  # two methods must promise this much over one
+_STAGING_MARGIN = 1.05  # and Ulysses in stages over Ulysses: what a stage hides costs more than is estimated
 _LISTED_RANKS = 16  # up to so many, a method without tables in closed form is priced by its schedule
 _FIRST = "usp"  # often the best, and its tables are small: what it takes rules out most of the others
 _AT_ONCE = 3  # of the others, methods that are priced together; after each time, bounds rule some of the rest out
@@ -316,6 +317,12 @@ def _choose(mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int, where
     search = _Search(mask, layout, num_heads, num_kv_heads, where)
     search.price(search.able())
     best, forward, backward = search.best()
+    if best.method == "staged_ulysses":
+        if "ulysses" not in search.found:
+            search.estimate(search.tables(["ulysses"]))
+        plain = search.found["ulysses"]
+        if plain.both_s < best.both_s * _STAGING_MARGIN:
+            best = plain
     if (forward.forward_s + backward.backward_s) * _MIXING_MARGIN < best.both_s:
         name = forward.method if forward is backward else f"{forward.method}+{backward.method}"
         best = Candidate(name, forward.forward_s, backward.backward_s)
