@@ -53,3 +53,5 @@ def test_the_page_shows_what_the_lab_measured() -> None:
     assert len(cells) == 24
     assert regret_table(cells) in (REPOSITORY / "docs" / "benchmarks.md").read_text()
     assert heat_map(cells) == (REPOSITORY / "docs" / "assets" / "choice.svg").read_text()
+    again = json.loads((REPOSITORY / "benchmarks" / "results" / "attention_lab_choice_again.json").read_text())
+    assert regret_table(regrets(again["rows"])) in (REPOSITORY / "docs" / "benchmarks.md").read_text()
