@@ -224,10 +224,11 @@ class _Search:
         self.todo: list[str] = []  # methods that are neither priced nor ruled out
         self.found: dict[str, Candidate] = {}
         self.bound: set[str] = set()  # methods whose backward phase needs what their forward phase keeps
+        self.barred: set[str] = set()  # priced, and not to be taken
 
     def best(self) -> tuple[Candidate, Candidate, Candidate]:
         """Of what is priced so far: the best for both phases, for the forward and for the backward phase."""
-        found = [self.found[name] for name in CANDIDATES if name in self.found]
+        found = [self.found[name] for name in CANDIDATES if name in self.found and name not in self.barred]
         paired = [c for c in found if method(c.method).paired]
         free = (c for c in paired if c.method not in self.bound)
         return (
@@ -246,6 +247,17 @@ class _Search:
         if (kept > np.array(world.layout.local_sizes) * 2 * (num_heads + num_kv_heads)).any():
             able.remove("kept_keys")  # more than q, k, v and out, which every layer keeps anyway
         return able
+
+    def weigh_stages(self) -> None:
+        """Rule Ulysses in stages out where it would be taken for less than it must promise."""
+        if all(c.method != "staged_ulysses" for c in self.best()):
+            return
+        if "ulysses" not in self.found:
+            self.estimate(self.tables(["ulysses"]))
+        if self.found["ulysses"].both_s < self.found["staged_ulysses"].both_s * _STAGING_MARGIN:
+            self.barred.add("staged_ulysses")
+            # What it had ruled out may be the best now.
+            self.price([name for name in self.able() if name not in self.found])
 
     def in_order(self) -> tuple[Candidate, ...]:
         """What is priced, best first."""
@@ -316,13 +328,8 @@ def price_all(mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int, whe
 def _choose(mask: Mask, layout: Layout, num_heads: int, num_kv_heads: int, where: Where) -> Choice:
     search = _Search(mask, layout, num_heads, num_kv_heads, where)
     search.price(search.able())
+    search.weigh_stages()
     best, forward, backward = search.best()
-    if best.method == "staged_ulysses":
-        if "ulysses" not in search.found:
-            search.estimate(search.tables(["ulysses"]))
-        plain = search.found["ulysses"]
-        if plain.both_s < best.both_s * _STAGING_MARGIN:
-            best = plain
     if (forward.forward_s + backward.backward_s) * _MIXING_MARGIN < best.both_s:
         name = forward.method if forward is backward else f"{forward.method}+{backward.method}"
         best = Candidate(name, forward.forward_s, backward.backward_s)
