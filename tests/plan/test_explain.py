@@ -44,6 +44,13 @@ def test_reasons_follow_the_wires() -> None:
         assert given.where().topology.name in found.reasons[0] and "of a whole ring's bytes" in found.reasons[1]
 
 
+def test_stages_that_promise_too_little_are_said_to() -> None:
+    given = config(topology="mesh", rate="600mbit", length=2048)
+    found = explain(given.make_mask(), 8, 8, given.where())
+    assert found.chosen.method == "ulysses"
+    assert any(reason.endswith("and stages must promise 5%.") for reason in found.reasons), found.reasons
+
+
 def test_a_method_that_cannot_compute_the_mask_is_listed_with_its_reason() -> None:
     given = config(mask="full")
     found = explain(given.make_mask(), 8, 8, given.where())

@@ -160,7 +160,7 @@ CANDIDATES = (
     "opposing", "double_ring", "token_ring", "light_seq", "burst",
 )  # fmt: skip
 _MIXING_MARGIN = 1.03  # two methods must promise this much over one
-_STAGING_MARGIN = 1.05  # and Ulysses in stages over Ulysses: what a stage hides costs more than is estimated
+STAGING_MARGIN = 1.05  # and Ulysses in stages over Ulysses: what a stage hides costs more than is estimated
 _LISTED_RANKS = 16  # up to so many, a method without tables in closed form is priced by its schedule
 _FIRST = "usp"  # often the best, and its tables are small: what it takes rules out most of the others
 _AT_ONCE = 3  # of the others, methods that are priced together; after each time, bounds rule some of the rest out
@@ -254,7 +254,7 @@ class _Search:
             return
         if "ulysses" not in self.found:
             self.estimate(self.tables(["ulysses"]))
-        if self.found["ulysses"].both_s < self.found["staged_ulysses"].both_s * _STAGING_MARGIN:
+        if self.found["ulysses"].both_s < self.found["staged_ulysses"].both_s * STAGING_MARGIN:
             self.barred.add("staged_ulysses")
             # What it had ruled out may be the best now.
             self.price([name for name in self.able() if name not in self.found])

@@ -11,7 +11,7 @@ from typing import Any
 
 from longspan.attention.masks import Mask
 from longspan.context.balance import bytes_fraction, imbalance
-from longspan.context.choose import Candidate, Choice, Where, choose_layout, layout_options, price_all
+from longspan.context.choose import STAGING_MARGIN, Candidate, Choice, Where, choose_layout, layout_options, price_all
 from longspan.context.geometry import Geometry
 from longspan.context.methods import METHODS, builder, reason_against
 from longspan.context.passes import prune_schedule
@@ -279,6 +279,8 @@ def _reasons(rows: list[MethodRow], options: list[tuple[Layout, Choice]], bench:
         than = f"{ratio - 1:.0%} longer"
         if ratio < 1:
             than = f"{1 - ratio:.0%} less by simulation; the estimate, by which auto chooses, is coarser"
+            if (best.method, second.method) == ("ulysses", "staged_ulysses"):
+                than += f", and stages must promise {STAGING_MARGIN - 1:.0%}"
         said.append(f"Of the others simulated, {second.method} comes next: it takes {than}.")
     (layout, _), *rest = options
     plain = next((other for other, _ in options if other.name == "contiguous"), layout)
