@@ -63,8 +63,8 @@ def test_a_norm_is_its_formula(kind: type[RMSNorm], shape: tuple[int, ...], dtyp
 
 
 def test_kept_attention_of_the_kernel_for_float32_is_that_of_a_plain_step() -> None:
-    """Its mask is made in the first call, which here a selective checkpoint watches; it differentiates in autograd's
-    own thread of the device."""
+    """The kernel's mask is made in its first call, which a selective checkpoint watches here, and autograd calls its
+    backward in a thread that the kernel's own differentiation must not need."""
     length, vocabulary = 389, SMALL.vocab_size
     ids = torch.randint(vocabulary, (1, length + 1), generator=torch.Generator().manual_seed(0)).cuda()
     found = []

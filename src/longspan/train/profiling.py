@@ -159,8 +159,7 @@ def _profiler(device: torch.device, *, warm_up: bool) -> torch.profiler.profile:
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     schedule = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1) if warm_up else None
-    # There is one cycle. Torch 2.11 warns all the same that without this it keeps the last one's events alone.
-    return torch.profiler.profile(activities=activities, schedule=schedule, acc_events=True)
+    return torch.profiler.profile(activities=activities, schedule=schedule)
 
 
 def _words(steps: Sequence[int], was: bool = False) -> str:
